@@ -1,0 +1,18 @@
+"""The pure core: everything that is learnt and how it is scored; knows nothing of Kafka, Redis, HTTP or the clock.
+
+Files in the order in which one event travels through them:
+
+    examples      the entries that an event becomes: codec of the `examples` records, item hashes, kinds
+    decay         one exponential and the fixed grid of half-lives
+    rows          item hash -> row number, private to each process
+    profile       the user: recent sequence, counters, dedupe window, recent slates (packed, folded in place)
+    items         the items: decayed popularity, neighbours, exposure, catalogue (arrays)
+    transitions   what follows what: the neighbour lists
+    factors       item vectors and the user encoder
+    model         everything learnt that scoring needs, in one object
+    learner       the fold over `examples` that moves the model
+    retrieval     candidates of each channel
+    ranker        named features, linear ranker
+    recommend     retrieve -> rank -> draw -> explain, written once for serving and replay
+    metrics       full-catalogue ranks, hit rate, NDCG, MRR
+"""
