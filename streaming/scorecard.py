@@ -1,0 +1,139 @@
+"""The scorecard of a simulated world: expected clicks of our slates, of popularity and of the oracle, paired.
+
+It also plays a world against any recommender in process (`play`), without Kafka, Redis or HTTP. It knows nothing about
+how slates are made or how events travel, and reads no clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from streaming.world import Floats, Outcome, Rows, World, visits
+
+BOOTSTRAP = 1000
+
+
+class Means(NamedTuple):
+    """Mean expected clicks of a slate, over the slates that were scored."""
+
+    ours: float
+    popular: float
+    oracle: float
+    slates: int
+
+
+class Lead(NamedTuple):
+    """Ours minus popular, clicks per slate: mean and paired 95 % interval over users."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Entry(NamedTuple):
+    """One served slate: who asked when, and the expected clicks of the three paired slates."""
+
+    time: float
+    user: int
+    ours: float
+    popular: float
+    oracle: float
+
+
+@dataclass(slots=True)
+class Scorecard:
+    """All entries of one run, in order of time."""
+
+    entries: list[Entry]
+
+    def add(self, world: World, user: int, ours: Rows, popular: Rows, exclude: frozenset[int] = frozenset()) -> Entry:
+        """Score the slate we served and the popular one for the same person at the same moment, before they react."""
+        n = max(len(ours), len(popular))
+        best = world.expected_clicks(user, world.oracle(user, n, exclude))
+        entry = Entry(world.now, user, world.expected_clicks(user, ours), world.expected_clicks(user, popular), best)
+        self.entries.append(entry)
+        return entry
+
+    def between(self, since: float, until: float = np.inf) -> list[Entry]:
+        """The entries with since <= time < until."""
+        return [entry for entry in self.entries if since <= entry.time < until]
+
+    def means(self, since: float = -np.inf, until: float = np.inf) -> Means:
+        """Mean expected clicks per slate; NaN without a slate."""
+        chosen = self.between(since, until)
+        if not chosen:
+            return Means(float("nan"), float("nan"), float("nan"), 0)
+        ours, popular, oracle = np.array([entry[2:] for entry in chosen]).mean(axis=0).tolist()
+        return Means(ours, popular, oracle, len(chosen))
+
+    def lead(self, *, rng: np.random.Generator, since: float = -np.inf, until: float = np.inf) -> Lead:
+        """Ours - popular with the 95 % percentile interval of a bootstrap over users (slates of a user go together)."""
+        chosen = self.between(since, until)
+        if not chosen:
+            return Lead(float("nan"), float("nan"), float("nan"))
+        _, index = np.unique([entry.user for entry in chosen], return_inverse=True)
+        difference = np.array([entry.ours - entry.popular for entry in chosen])
+        total, count = np.bincount(index, difference), np.bincount(index, np.ones(len(index)))
+        low, high = np.percentile(_resampled(total, count, rng), [2.5, 97.5]).tolist()
+        return Lead(float(difference.mean()), low, high)
+
+
+def _resampled(total: Floats, count: Floats, rng: np.random.Generator) -> Floats:
+    """Means of BOOTSTRAP samples of users drawn with replacement: sum of differences over sum of slates."""
+    weights = rng.multinomial(len(total), np.full(len(total), 1.0 / len(total)), size=BOOTSTRAP)
+    return np.asarray((weights @ total) / (weights @ count))
+
+
+class Recommender(Protocol):
+    """What `play` needs: two ways to make a slate, and ears."""
+
+    def publish(self, rows: Rows, now: float) -> None:
+        """These items are out from now on."""
+
+    def recommend(self, user: int, n: int, now: float) -> Rows:
+        """Our slate."""
+
+    def popular(self, user: int, n: int, now: float) -> Rows:
+        """The popularity slate for the same person, with the same exclusions."""
+
+    def observe(self, user: int, outcomes: Sequence[Outcome], slate: Rows | None, now: float) -> None:
+        """What the person did; `slate` is None when they found the item by themselves."""
+
+
+def play(
+    world: World, people: Recommender, *, slates_per_s: float, seconds: float, seed: int, n: int = 10
+) -> Scorecard:
+    """Play the world for `seconds` of its own time against a recommender in process; every served slate is scored."""
+    rng = np.random.default_rng([seed, 1])
+    card = Scorecard([])
+    coming = [
+        (visit.time, k, visit, 0)
+        for k, visit in enumerate(visits(world, slates_per_s=slates_per_s, seconds=seconds, rng=rng))
+    ]
+    heapq.heapify(coming)
+    told = 0
+    while coming:
+        time, k, visit, step = heapq.heappop(coming)
+        world.advance(time)
+        if world.live > told:
+            people.publish(np.arange(told, world.live), time)
+            told = world.live
+        _one_slate(world, people, card, visit.user, first=step == 0, n=n, rng=rng)
+        if step < len(visit.pauses):
+            heapq.heappush(coming, (time + visit.pauses[step], k, visit, step + 1))
+    return card
+
+
+def _one_slate(
+    world: World, people: Recommender, card: Scorecard, user: int, *, first: bool, n: int, rng: np.random.Generator
+) -> None:
+    if first and rng.random() < world.parameters.browse:
+        people.observe(user, world.browse(user, rng), None, world.now)
+    ours, popular = people.recommend(user, n, world.now), people.popular(user, n, world.now)
+    card.add(world, user, ours, popular)
+    people.observe(user, world.react(user, ours, rng), ours, world.now)
