@@ -1,0 +1,329 @@
+"""One record of the topic `examples`: what the folds of items and weights read. Pure bytes and arrays.
+
+Knows nothing about Kafka, Redis or users: an entry carries no user id, only the position of its source event.
+
+Record layout, version 1, little endian; `n` entries, `S` history slots in all, `r` ranges. Columns follow each other without padding,
+8-byte ones first, so that every column starts aligned to its own size:
+
+    header   magic u8=0xE1, version u8=1, r u16, n u32, S u32, blob length u32                       16 B
+    ranges   partition i64, first i64, next i64                                                      24 r
+    columns  offset i64, time f64, target u64, weight f64, value f64, slates 4 x u64                 72 n
+             history items u64, history times f64                                                    16 S
+             id length u32, extra length u32                                                          8 n
+             partition u16, index u16                                                                 4 n
+             kind u8, flags u8, history length u8                                                     3 n
+             history kinds u8                                                                         1 S
+    blob     ids (utf-8), then extras, in entry order
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Final
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+CLICK, DWELL, RATING, ACTION, VIEW, IMPRESSION, CONTROL = range(1, 8)
+KIND_NAMES: Final = ("none", "click", "dwell", "rating", "action", "view", "impression", "control")
+
+ENTERS, VOICE, SHOWN = 1, 2, 4
+"""Flags: a new entry of the sequence; adds to popularity; `slates[0]` showed the target."""
+
+SLATES: Final = 4
+HISTORY: Final = 20
+MAX_RECORD_BYTES: Final = 256 * 1024
+
+_MAGIC, _VERSION = 0xE1, 1
+_HEADER = struct.Struct("<BBHIII")
+_SHOWN_MAGIC, _SHOWN_VERSION = 0xE5, 1
+_SHOWN_HEADER = struct.Struct("<BBHHHQqBB")
+
+F64 = NDArray[np.float64]
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+U16 = NDArray[np.uint16]
+U8 = NDArray[np.uint8]
+
+
+class CodecError(ValueError):
+    """Bytes that no codec of this build reads: foreign, truncated, or of another version."""
+
+
+class HoleError(RuntimeError):
+    """A record starts after the last position that was folded: something between them is missing."""
+
+
+def item_hash(text: str) -> int:
+    """Return the 64-bit name (xxh3) under which an item or slate id is known outside strings; never 0, which means none."""
+    return xxhash.xxh3_64_intdigest(text.encode()) or 1
+
+
+@dataclass(slots=True)
+class Shown:
+    """What an impression says of its slate: shown items with propensities, and the features of its logged candidates.
+
+    items u64[k], propensities f32[k], channels u8[k]; candidates u64[m], features f16[m, F], m = 0 where they were not kept.
+    """
+
+    slate: int
+    step: int
+    items: U64
+    propensities: NDArray[np.float32]
+    channels: U8
+    candidates: U64
+    features: NDArray[np.float16]
+    surface: str = ""
+    policy: str = ""
+
+    def to_bytes(self) -> bytes:
+        """Pack for the log (version 1)."""
+        surface, policy = self.surface.encode()[:255], self.policy.encode()[:255]
+        k, m = len(self.items), len(self.candidates)
+        width = self.features.shape[1] if m else 0
+        head = _SHOWN_HEADER.pack(
+            _SHOWN_MAGIC, _SHOWN_VERSION, k, m, width, self.slate, self.step, len(surface), len(policy)
+        )
+        return b"".join(
+            (
+                head,
+                np.ascontiguousarray(self.items, "<u8").tobytes(),
+                np.ascontiguousarray(self.candidates, "<u8").tobytes(),
+                np.ascontiguousarray(self.propensities, "<f4").tobytes(),
+                np.ascontiguousarray(self.features, "<f2").tobytes() if m else b"",
+                np.ascontiguousarray(self.channels, "u1").tobytes(),
+                surface,
+                policy,
+            )
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Shown:
+        """Read `to_bytes`; raises CodecError on anything else."""
+        if len(data) < _SHOWN_HEADER.size or data[0] != _SHOWN_MAGIC or data[1] != _SHOWN_VERSION:
+            raise CodecError(f"impression payload: expected version {_SHOWN_VERSION}, got {data[:2].hex() or 'nothing'}")
+        _, _, k, m, width, slate, step, surface_length, policy_length = _SHOWN_HEADER.unpack_from(data)
+        expected = _SHOWN_HEADER.size + 13 * k + 8 * m + 2 * m * width + surface_length + policy_length
+        if len(data) != expected:
+            raise CodecError(f"impression payload: expected {expected} bytes, got {len(data)}")
+        at = _SHOWN_HEADER.size
+        items = np.frombuffer(data, "<u8", k, at)
+        at += 8 * k
+        candidates = np.frombuffer(data, "<u8", m, at)
+        at += 8 * m
+        propensities = np.frombuffer(data, "<f4", k, at)
+        at += 4 * k
+        features = np.frombuffer(data, "<f2", m * width, at).reshape(m, width)
+        at += 2 * m * width
+        channels = np.frombuffer(data, "u1", k, at)
+        at += k
+        surface = data[at : at + surface_length].decode()
+        policy = data[at + surface_length :].decode()
+        return cls(slate, step, items, propensities, channels, candidates, features, surface, policy)
+
+
+def _empty_u64() -> U64:
+    return np.empty(0, np.uint64)
+
+
+@dataclass(slots=True)
+class Entries:
+    """Decoded entries in log order, as columns; see the module's layout for types.
+
+    `ranges` are (source partition, first, next): the events this record covers, also where no entry came of them.
+    Histories are the sequence before the event, newest first, at most 20: `history_start[i]:history_start[i + 1]`.
+    """
+
+    ranges: list[tuple[int, int, int]]
+    partition: U16
+    offset: I64
+    index: U16
+    time: F64
+    kind: U8
+    flags: U8
+    target: U64
+    weight: F64
+    value: F64
+    slates: U64
+    history_start: I64
+    history_item: U64 = field(default_factory=_empty_u64)
+    history_time: F64 = field(default_factory=lambda: np.empty(0))
+    history_kind: U8 = field(default_factory=lambda: np.empty(0, np.uint8))
+    ids: list[str] = field(default_factory=list)
+    extra: list[bytes] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def to_bytes(self) -> bytes:
+        """Pack as one record; the bytes depend on the entries and ranges alone."""
+        ids = [text.encode() for text in self.ids]
+        blob = b"".join(ids) + b"".join(self.extra)
+        lengths = np.diff(self.history_start)
+        head = _HEADER.pack(_MAGIC, _VERSION, len(self.ranges), len(self), int(self.history_start[-1]), len(blob))
+        return b"".join(
+            (
+                head,
+                np.asarray(self.ranges, "<i8").tobytes(),
+                self.offset.astype("<i8", copy=False).tobytes(),
+                self.time.astype("<f8", copy=False).tobytes(),
+                self.target.astype("<u8", copy=False).tobytes(),
+                self.weight.astype("<f8", copy=False).tobytes(),
+                self.value.astype("<f8", copy=False).tobytes(),
+                self.slates.astype("<u8", copy=False).tobytes(),
+                self.history_item.astype("<u8", copy=False).tobytes(),
+                self.history_time.astype("<f8", copy=False).tobytes(),
+                np.fromiter(map(len, ids), "<u4", len(ids)).tobytes(),
+                np.fromiter(map(len, self.extra), "<u4", len(ids)).tobytes(),
+                self.partition.astype("<u2", copy=False).tobytes(),
+                self.index.astype("<u2", copy=False).tobytes(),
+                self.kind.tobytes(),
+                self.flags.tobytes(),
+                lengths.astype(np.uint8).tobytes(),
+                self.history_kind.tobytes(),
+                blob,
+            )
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Entries:
+        """Read one record; raises CodecError where magic, version or any length is not what version 1 says."""
+        if len(data) < _HEADER.size or data[0] != _MAGIC or data[1] != _VERSION:
+            raise CodecError(f"examples record: expected version {_VERSION}, got {data[:2].hex() or 'nothing'}")
+        _, _, r, n, slots, blob_length = _HEADER.unpack_from(data)
+        fixed = _HEADER.size + 24 * r + 87 * n + 17 * slots
+        if len(data) != fixed + blob_length:
+            raise CodecError(f"examples record: expected {fixed + blob_length} bytes, got {len(data)}")
+        at = _HEADER.size
+
+        def column(kind: str, count: int) -> NDArray[np.generic]:
+            nonlocal at
+            values = np.frombuffer(data, kind, count, at)
+            at += values.nbytes
+            return values
+
+        ranges = column("<i8", 3 * r).reshape(r, 3).tolist()
+        offset, time, target = column("<i8", n), column("<f8", n), column("<u8", n)
+        weight, value, slates = column("<f8", n), column("<f8", n), column("<u8", SLATES * n).reshape(n, SLATES)
+        history_item, history_time = column("<u8", slots), column("<f8", slots)
+        id_length, extra_length = column("<u4", n), column("<u4", n)
+        partition, index = column("<u2", n), column("<u2", n)
+        kind, flags, lengths, history_kind = column("u1", n), column("u1", n), column("u1", n), column("u1", slots)
+        start = np.zeros(n + 1, np.int64)
+        np.cumsum(lengths, dtype=np.int64, out=start[1:])
+        if start[-1] != slots or int(id_length.sum(dtype=np.int64) + extra_length.sum(dtype=np.int64)) != blob_length:
+            raise CodecError("examples record: the lengths of its entries do not add up to the record's own")
+        try:
+            ids = [part.decode() for part in _cut(data, at, id_length.tolist())]
+        except UnicodeDecodeError as error:
+            raise CodecError(f"examples record: an item id is not utf-8 ({error})") from error
+        extra = _cut(data, at + int(id_length.sum(dtype=np.int64)), extra_length.tolist())
+        return cls(
+            ranges=[(int(p), int(a), int(b)) for p, a, b in ranges],
+            partition=partition, offset=offset, index=index, time=time, kind=kind, flags=flags, target=target,
+            weight=weight, value=value, slates=slates, history_start=start, history_item=history_item,
+            history_time=history_time, history_kind=history_kind, ids=ids, extra=extra,
+        )  # fmt: skip
+
+    def take(self, keep: NDArray[np.bool_]) -> Entries:
+        """Return the entries where `keep` is true, with the same ranges."""
+        if keep.all():
+            return self
+        rows = np.flatnonzero(keep)
+        lengths = np.diff(self.history_start)
+        slots = np.repeat(keep, lengths)
+        start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths[rows], out=start[1:])
+        return Entries(
+            ranges=self.ranges,
+            partition=self.partition[rows], offset=self.offset[rows], index=self.index[rows], time=self.time[rows],
+            kind=self.kind[rows], flags=self.flags[rows], target=self.target[rows], weight=self.weight[rows],
+            value=self.value[rows], slates=self.slates[rows], history_start=start,
+            history_item=self.history_item[slots], history_time=self.history_time[slots],
+            history_kind=self.history_kind[slots],
+            ids=[self.ids[i] for i in rows], extra=[self.extra[i] for i in rows],
+        )  # fmt: skip
+
+    def slice(self, first: int, last: int, ranges: list[tuple[int, int, int]]) -> Entries:
+        """Return entries first:last under other ranges, sharing the columns."""
+        a, b = int(self.history_start[first]), int(self.history_start[last])
+        return Entries(
+            ranges=ranges,
+            partition=self.partition[first:last], offset=self.offset[first:last], index=self.index[first:last],
+            time=self.time[first:last], kind=self.kind[first:last], flags=self.flags[first:last],
+            target=self.target[first:last], weight=self.weight[first:last], value=self.value[first:last],
+            slates=self.slates[first:last], history_start=self.history_start[first : last + 1] - a,
+            history_item=self.history_item[a:b], history_time=self.history_time[a:b],
+            history_kind=self.history_kind[a:b], ids=self.ids[first:last], extra=self.extra[first:last],
+        )  # fmt: skip
+
+
+def _cut(data: bytes, at: int, lengths: Sequence[int]) -> list[bytes]:
+    parts = []
+    for length in lengths:
+        parts.append(data[at : at + length])
+        at += length
+    return parts
+
+
+def concatenate(parts: Iterable[Entries]) -> Entries:
+    """Join entries in order; their ranges are chained per source partition."""
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
+    ranges: dict[int, tuple[int, int]] = {}
+    for part in parts:
+        for partition, first, following in part.ranges:
+            ranges[partition] = (ranges.get(partition, (first, 0))[0], following)
+    columns: dict[str, object] = {}
+    for name in (f.name for f in fields(Entries)):
+        if name in ("ranges", "history_start"):
+            continue
+        values = [getattr(part, name) for part in parts]
+        columns[name] = sum(values, []) if isinstance(values[0], list) else np.concatenate(values)
+    lengths = np.concatenate([np.diff(part.history_start) for part in parts])
+    start = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=start[1:])
+    return Entries(ranges=[(p, a, b) for p, (a, b) in ranges.items()], history_start=start, **columns)  # type: ignore[arg-type]
+
+
+def accept(entries: Entries, marks: MutableMapping[int, int]) -> Entries:
+    """Drop entries that `marks` (source partition -> next offset) says were folded, then move the marks on.
+
+    Raises HoleError where the record begins after the mark: something before it never arrived. Re-delivered
+    records, of a crash, a zombie or a retry, change nothing (DESIGN section 3, rule 4).
+    """
+    keep = np.ones(len(entries), bool)
+    for partition, first, following in entries.ranges:
+        mark = marks.get(partition, 0)
+        if first > mark:
+            raise HoleError(f"examples: expected events[{partition}] from offset {mark} or earlier, got {first}")
+        if mark > first:
+            keep &= (entries.partition != partition) | (entries.offset >= mark)
+        marks[partition] = max(mark, following)
+    return entries.take(keep)
+
+
+def split(entries: Entries, limit: int = MAX_RECORD_BYTES) -> list[Entries]:
+    """Cut entries of one source partition into records of at most `limit` bytes; their ranges stay contiguous.
+
+    The entries of one event stay together; an event over the limit becomes a record of its own.
+    """
+    lengths = np.diff(entries.history_start)
+    blobs = np.fromiter((len(a.encode()) + len(b) for a, b in zip(entries.ids, entries.extra, strict=True)), np.int64)
+    sizes = 87 + 17 * lengths + blobs
+    if int(sizes.sum()) + 64 <= limit or len(entries) <= 1:
+        return [entries]
+    ((partition, first, following),) = entries.ranges
+    parts, start, size = [], 0, 0
+    for i, added in enumerate(sizes.tolist()):
+        if i > start and size + added + 64 > limit and entries.offset[i] != entries.offset[i - 1]:
+            cut = int(entries.offset[i])
+            parts.append(entries.slice(start, i, [(partition, first, cut)]))
+            first, start, size = cut, i, 0
+        size += added
+    parts.append(entries.slice(start, len(entries), [(partition, first, following)]))
+    return parts

@@ -1,0 +1,519 @@
+"""Where state lives: keys, scripts, stores and feeds. The only module that imports redis.
+
+Values are bytes that the codecs in models/ wrote; this module moves them, atomically and once. `p` = partition of
+`events`, braces are the hash tag, so that each transaction stays in one slot of a Redis Cluster. `fr@1` stands for
+`<namespace>@<generation>`.
+
+| key | value | writer |
+|---|---|---|
+| `fr:generation` | the generation that is served; switch-over moves it | rebuild |
+| `fr@1:{u<p>}:profile:<user>` | packed profile (models/profile.py) | user agent of p |
+| `fr@1:{u<p>}:seen:<user>` | at most 4,096 low 32-bit item hashes | user agent of p |
+| `fr@1:{u<p>}:embedding:<user>` | model step i64, 2 x 64 float16: a cache | user agent of p |
+| `fr@1:{u<p>}:applied` | hash: next offset, inlet marks, cluster, partitions | user agent of p |
+| `fr@1:{items}:rows:<bucket>` | hash of 256 buckets, field = item hash (8 bytes), value = packed row | item agent |
+| `fr@1:{items}:catalogue:<bucket>` | the same for catalogue entries (MessagePack) | item agent |
+| `fr@1:{items}:applied` | hash: next, marks, totals, catalogue offset, cluster | item agent |
+| `fr@1:{items}:feed` | stream of deltas, bounded in bytes | item agent |
+| `fr@1:{model}:rows:<bucket>` | hash, field = item hash, value = vector with optimiser state | learner |
+| `fr@1:{model}:head` | hash: next, step, dense weights, window, lineage | learner |
+| `fr@1:{model}:feed` | stream of deltas, a `step` entry ends each step | learner |
+| `fr@1:metrics:<name>` | stream of learning curves, bounded | the process it is named after |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, cast
+
+import msgspec
+import redis.asyncio as aioredis
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+log = logging.getLogger(__name__)
+
+BUCKETS: Final = 256
+FEED_ENTRY_BYTES: Final = 1_000_000
+Redis = aioredis.Redis
+StoreUnavailable = (RedisConnectionError, RedisTimeoutError, OSError)
+StoreError = RedisError
+
+_READ = """
+local r = redis.call('HMGET', KEYS[1], 'next', 'marks', 'cluster')
+local out = {r[1] or '0', r[2] or '', r[3] or ''}
+if #KEYS > 1 then
+  local m = redis.call('MGET', unpack(KEYS, 2))
+  for i = 1, #m do out[i + 3] = m[i] end
+end
+return out
+"""
+
+_COMMIT = """
+local c = redis.call('HGET', KEYS[1], 'next') or '0'
+if c ~= ARGV[1] then return c end
+local kv = {}
+for i = 2, #KEYS do kv[#kv + 1] = KEYS[i]; kv[#kv + 1] = ARGV[i + 3] end
+if #kv > 0 then redis.call('MSET', unpack(kv)) end
+redis.call('HSET', KEYS[1], 'next', ARGV[2], 'marks', ARGV[3], 'cluster', ARGV[4])
+return 'ok'
+"""
+
+# KEYS head, bucket...; ARGV expected, number of head pairs, head pairs..., then per bucket: count, field, value, ...
+_COMMIT_ROWS = """
+local c = redis.call('HGET', KEYS[1], 'next') or '0'
+if c ~= ARGV[1] then return c end
+local at = 3
+local pairs_ = tonumber(ARGV[2])
+redis.call('HSET', KEYS[1], unpack(ARGV, at, at + 2 * pairs_ - 1))
+at = at + 2 * pairs_
+for b = 2, #KEYS do
+  local n = 2 * tonumber(ARGV[at])
+  at = at + 1
+  local last = at + n - 1
+  while at <= last do
+    local to = math.min(at + 3999, last)
+    redis.call('HSET', KEYS[b], unpack(ARGV, at, to))
+    at = to + 1
+  end
+end
+return 'ok'
+"""
+
+
+def connect(url: str, *, timeout: float = 5.0) -> Redis:
+    """Return a client; nothing is sent before the first call. A dropped connection is retried once."""
+    return aioredis.Redis.from_url(
+        url, socket_timeout=timeout, socket_connect_timeout=timeout, health_check_interval=30,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 1),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of all keys of one generation of one namespace."""
+
+    namespace: str = "fr"
+    generation: int = 1
+
+    @property
+    def prefix(self) -> str:
+        """`<namespace>@<generation>`."""
+        return f"{self.namespace}@{self.generation}"
+
+    @property
+    def pointer(self) -> str:
+        """The key that says which generation is served."""
+        return f"{self.namespace}:generation"
+
+    def profile(self, partition: int, user: str) -> str:
+        """Packed profile of a user."""
+        return f"{self.prefix}:{{u{partition}}}:profile:{user}"
+
+    def seen(self, partition: int, user: str) -> str:
+        """Items a user acted on."""
+        return f"{self.prefix}:{{u{partition}}}:seen:{user}"
+
+    def embedding(self, partition: int, user: str) -> str:
+        """Cached decayed embeddings of a user."""
+        return f"{self.prefix}:{{u{partition}}}:embedding:{user}"
+
+    def applied(self, partition: int) -> str:
+        """How far a partition of `events` is folded."""
+        return f"{self.prefix}:{{u{partition}}}:applied"
+
+    def item_rows(self, bucket: int) -> str:
+        """Rows of the items whose hash ends in this byte."""
+        return f"{self.prefix}:{{items}}:rows:{bucket}"
+
+    def item_catalogue(self, bucket: int) -> str:
+        """Catalogue entries of the items whose hash ends in this byte."""
+        return f"{self.prefix}:{{items}}:catalogue:{bucket}"
+
+    @property
+    def item_applied(self) -> str:
+        """How far `examples` and `items` are folded into rows."""
+        return f"{self.prefix}:{{items}}:applied"
+
+    @property
+    def item_feed(self) -> str:
+        """Deltas of item rows."""
+        return f"{self.prefix}:{{items}}:feed"
+
+    def model_rows(self, bucket: int) -> str:
+        """Learnt rows of the items whose hash ends in this byte."""
+        return f"{self.prefix}:{{model}}:rows:{bucket}"
+
+    @property
+    def model_head(self) -> str:
+        """The learner's position, dense weights and lineage."""
+        return f"{self.prefix}:{{model}}:head"
+
+    @property
+    def model_feed(self) -> str:
+        """Deltas of learnt rows and weights."""
+        return f"{self.prefix}:{{model}}:feed"
+
+    def metrics(self, name: str) -> str:
+        """Learning curve of a process."""
+        return f"{self.prefix}:metrics:{name}"
+
+
+async def live_keys(client: Redis, namespace: str) -> Keys:
+    """Return the keys of the generation that is served; 1 where no pointer was ever set."""
+    value = await client.get(Keys(namespace).pointer)
+    return Keys(namespace, int(value or 1))
+
+
+class _Script:
+    """A Lua script called by its hash, loaded again where the server forgot it."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._sha = text, ""
+
+    async def pipelined(self, client: Redis, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
+        """Run the script once per (keys, arguments), all in one round trip."""
+        for attempt in (0, 1):
+            if not self._sha:
+                self._sha = await client.script_load(self._text)
+            pipe = client.pipeline(transaction=False)
+            for keys, arguments in calls:
+                pipe.evalsha(self._sha, len(keys), *keys, *arguments)
+            try:
+                return cast(list[Any], await pipe.execute())
+            except NoScriptError:
+                if attempt:
+                    raise
+                self._sha = ""
+        raise AssertionError("unreachable")
+
+
+@dataclass(slots=True)
+class UserRead:
+    """What one script call read of a partition: its next offset and the values of the users asked for, as of that offset."""
+
+    applied: int
+    marks: dict[str, int]
+    profiles: list[bytes | None]
+    seen: list[bytes | None]
+    cluster: str = ""
+
+
+@dataclass(slots=True)
+class UserWrite:
+    """What one micro-batch commits to a partition: `expected` -> `next`, with profiles, seen lists, embeddings by user."""
+
+    partition: int
+    expected: int
+    next: int
+    marks: dict[str, int]
+    profiles: dict[str, bytes] = field(default_factory=dict)
+    seen: dict[str, bytes] = field(default_factory=dict)
+    embeddings: dict[str, bytes] = field(default_factory=dict)
+
+
+class UserStore(Protocol):
+    """Profiles by partition, read and committed in whole micro-batches, with compare-and-set on the next offset."""
+
+    async def read(self, wanted: Mapping[int, Sequence[str]]) -> dict[int, UserRead]:
+        """Read applied, marks, profiles and seen lists of these users of these partitions."""
+
+    async def commit(self, writes: Sequence[UserWrite], cluster: str = "") -> list[int | None]:
+        """Apply each write whose `expected` is what is stored; None where it was, else the stored offset."""
+
+
+class MemoryUserStore:
+    """Profiles in this process: what replay folds into."""
+
+    def __init__(self) -> None:
+        self.applied: dict[int, tuple[int, dict[str, int], str]] = {}
+        self.values: dict[tuple[str, int, str], bytes] = {}
+
+    async def read(self, wanted: Mapping[int, Sequence[str]]) -> dict[int, UserRead]:
+        """Read applied, marks, profiles and seen lists of these users of these partitions."""
+        return {p: self.read_now(p, users) for p, users in wanted.items()}
+
+    def read_now(self, partition: int, users: Sequence[str]) -> UserRead:
+        """`read` of one partition, without a loop to wait on."""
+        following, marks, cluster = self.applied.get(partition, (0, {}, ""))
+        get = self.values.get
+        return UserRead(
+            following, dict(marks), [get(("profile", partition, u)) for u in users],
+            [get(("seen", partition, u)) for u in users], cluster,
+        )  # fmt: skip
+
+    async def commit(self, writes: Sequence[UserWrite], cluster: str = "") -> list[int | None]:
+        """Apply each write whose `expected` is what is stored; None where it was, else the stored offset."""
+        return [self.commit_now(write, cluster) for write in writes]
+
+    def commit_now(self, write: UserWrite, cluster: str = "") -> int | None:
+        """`commit` of one write, without a loop to wait on."""
+        p, stored = write.partition, self.applied.get(write.partition, (0, {}, ""))[0]
+        if stored != write.expected:
+            return stored
+        for name, values in (("profile", write.profiles), ("seen", write.seen), ("embedding", write.embeddings)):
+            for user, value in values.items():
+                self.values[name, p, user] = value
+        self.applied[p] = (write.next, dict(write.marks), cluster)
+        return None
+
+
+class RedisUserStore:
+    """Profiles in Redis: one round trip to read a micro-batch, one to commit it."""
+
+    def __init__(self, client: Redis, keys: Keys) -> None:
+        self.client, self.keys = client, keys
+        self._read, self._commit = _Script(_READ), _Script(_COMMIT)
+
+    async def read(self, wanted: Mapping[int, Sequence[str]]) -> dict[int, UserRead]:
+        """Read applied, marks, profiles and seen lists of these users of these partitions."""
+        keys = self.keys
+        calls: list[tuple[Sequence[str], Sequence[Any]]] = [
+            ([keys.applied(p), *(keys.profile(p, u) for u in users), *(keys.seen(p, u) for u in users)], ())
+            for p, users in wanted.items()
+        ]
+        answers = await self._read.pipelined(self.client, calls)
+        out = {}
+        for (p, users), answer in zip(wanted.items(), answers, strict=True):
+            values = [*answer[3:], *([None] * (2 * len(users) - len(answer) + 3))]
+            profiles, seen = values[: len(users)], values[len(users) :]
+            out[p] = UserRead(int(answer[0]), _unpack_marks(answer[1]), profiles, seen, answer[2].decode())
+        return out
+
+    async def commit(self, writes: Sequence[UserWrite], cluster: str = "") -> list[int | None]:
+        """Apply each write whose `expected` is what is stored; None where it was, else the stored offset."""
+        answers = await self._commit.pipelined(self.client, [self._call(w, cluster) for w in writes])
+        return [None if answer == b"ok" else int(answer) for answer in answers]
+
+    def _call(self, write: UserWrite, cluster: str) -> tuple[Sequence[str], Sequence[Any]]:
+        keys, p = self.keys, write.partition
+        names = [keys.applied(p)]
+        names += [keys.profile(p, user) for user in write.profiles]
+        names += [keys.seen(p, user) for user in write.seen]
+        names += [keys.embedding(p, user) for user in write.embeddings]
+        values = (*write.profiles.values(), *write.seen.values(), *write.embeddings.values())
+        return names, (str(write.expected), str(write.next), _pack_marks(write.marks), cluster, *values)
+
+
+async def read_user(store: UserStore, partition: int, user: str) -> UserRead:
+    """Read one user's profile with the offset it is folded to, in one round trip."""
+    return (await store.read({partition: [user]}))[partition]
+
+
+def _pack_marks(marks: Mapping[Any, int]) -> bytes:
+    return msgspec.json.encode({str(k): v for k, v in sorted(marks.items())})
+
+
+def _unpack_marks(data: bytes) -> dict[str, int]:
+    return msgspec.json.decode(data, type=dict[str, int]) if data else {}
+
+
+@dataclass(slots=True)
+class Delta:
+    """One entry of a feed: absolute values of rows for the positions [first, next) of `examples`.
+
+    kind "rows" (item rows, `dense` = totals), "catalogue" (entries; `next` = offset in `items`), "vectors" (part of a
+    model step), "step" (its end: `dense` = weights, `first`/`next` of the whole step).
+    """
+
+    kind: str
+    first: int
+    next: int
+    keys: Sequence[int]
+    values: Sequence[bytes]
+    dense: bytes = b""
+    step: int = 0
+
+
+def _delta_fields(delta: Delta) -> dict[Any, Any]:
+    count = len(delta.keys)
+    return {
+        "kind": delta.kind, "first": delta.first, "next": delta.next, "step": delta.step,
+        "keys": struct.pack(f"<{count}Q", *delta.keys),
+        "sizes": struct.pack(f"<{count}I", *map(len, delta.values)),
+        "values": b"".join(delta.values), "dense": delta.dense,
+    }  # fmt: skip
+
+
+def _delta_from(fields: Mapping[bytes, bytes]) -> Delta:
+    keys, sizes = fields[b"keys"], fields[b"sizes"]
+    count, at, values = len(keys) // 8, 0, []
+    for size in struct.unpack(f"<{count}I", sizes):
+        values.append(fields[b"values"][at : at + size])
+        at += size
+    return Delta(
+        fields[b"kind"].decode(), int(fields[b"first"]), int(fields[b"next"]), struct.unpack(f"<{count}Q", keys),
+        values, fields[b"dense"], int(fields[b"step"]),
+    )  # fmt: skip
+
+
+async def feed_top(client: Redis, key: str) -> str:
+    """Return the id of a feed's newest entry, "0-0" for an empty one: where a reader starts before it loads."""
+    entries = await client.xrevrange(key, count=1)
+    return entries[0][0].decode() if entries else "0-0"
+
+
+async def read_feed(
+    client: Redis, key: str, last_id: str, *, block_ms: int = 1000, count: int = 64
+) -> list[tuple[str, Delta]]:
+    """Wait at most `block_ms` for entries after `last_id`; return them in order with their ids."""
+    answer = await client.xread({key: last_id}, count=count, block=block_ms)
+    if not answer:
+        return []
+    streams = answer.items() if isinstance(answer, dict) else answer
+    entries: list[tuple[str, Delta]] = []
+    for _, rows in streams:
+        batch = rows[0] if rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], tuple) else rows
+        entries += [(entry_id.decode(), _delta_from(fields)) for entry_id, fields in batch]
+    return entries
+
+
+class _Feed:
+    """The writing end of a feed: ids are `<next>-<sequence>`, older entries leave when it outgrows its bytes."""
+
+    def __init__(self, client: Redis, key: str, limit_bytes: int) -> None:
+        self._client, self._key, self._limit, self._since = client, key, limit_bytes, 0
+
+    async def publish(self, delta: Delta) -> bool:
+        """Append; False where the feed already has an entry beyond it (this writer is behind: a rollback or a twin)."""
+        fields = _delta_fields(delta)
+        # A catalogue entry has no position of its own in `examples`: it goes behind whatever is newest.
+        at = (await feed_top(self._client, self._key)).split("-")[0] if delta.kind == "catalogue" else delta.next
+        try:
+            await self._client.xadd(self._key, fields, id=f"{at}-*")
+        except ResponseError as error:
+            if "equal or smaller" not in str(error):
+                raise
+            return False
+        self._since += len(fields["values"]) + len(fields["dense"])
+        if self._since > self._limit // 16:
+            self._since = 0
+            await self._trim()
+        return True
+
+    async def _trim(self) -> None:
+        used = await self._client.memory_usage(self._key, samples=0) or 0
+        if used > self._limit:
+            length = await self._client.xlen(self._key)
+            await self._client.xtrim(self._key, maxlen=max(1, int(length * 0.75 * self._limit / used)), approximate=False)
+
+
+def _bucketed(keys: Iterable[int], values: Iterable[bytes]) -> dict[int, list[bytes]]:
+    """Group rows by bucket as a flat list field, value, field, value, ..."""
+    buckets: dict[int, list[bytes]] = {}
+    for key, value in zip(keys, values, strict=True):
+        buckets.setdefault(key & (BUCKETS - 1), []).extend((struct.pack("<Q", key), value))
+    return buckets
+
+
+class RowStore:
+    """Rows in 256 hashes beside a head that says how far they are folded: the shape of item and model state alike."""
+
+    def __init__(self, client: Redis, head: str, rows: Any, feed: str, feed_bytes: int = 64 << 20) -> None:
+        self.client, self.head_key, self._rows = client, head, rows
+        self._script = _Script(_COMMIT_ROWS)
+        self._feed = _Feed(client, feed, feed_bytes)
+
+    async def head(self) -> dict[str, bytes]:
+        """Return the head's fields; empty where nothing was ever committed."""
+        return {k.decode(): v for k, v in (await self.client.hgetall(self.head_key)).items()}
+
+    async def load(self) -> tuple[dict[str, bytes], list[tuple[int, bytes]]]:
+        """Return (head, rows) of one moment: read again until the head did not move meanwhile."""
+        while True:
+            head = await self.head()
+            rows = [row async for row in self.scan(self._rows)]
+            if (await self.head()).get("next") == head.get("next"):
+                return head, rows
+            await asyncio.sleep(0.05)
+
+    async def scan(self, name: Any) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield every (item hash, bytes) of the buckets `name(b)`."""
+        for first in range(0, BUCKETS, 32):
+            pipe = self.client.pipeline(transaction=False)
+            for bucket in range(first, first + 32):
+                pipe.hgetall(name(bucket))
+            for found in await pipe.execute():
+                for key, value in found.items():
+                    yield struct.unpack("<Q", key)[0], value
+
+    async def commit(
+        self, *, expected: int, head: Mapping[str, Any], keys: Sequence[int], values: Sequence[bytes]
+    ) -> int | None:
+        """Write rows and head (with its new `next`) in one transaction; None, or the stored offset where it was refused."""
+        buckets = _bucketed(keys, values)
+        arguments: list[Any] = [str(expected), len(head)]
+        for name, value in head.items():
+            arguments += [name, value]
+        for flat in buckets.values():
+            arguments += [len(flat) // 2, *flat]
+        names = [self.head_key, *(self._rows(bucket) for bucket in buckets)]
+        (answer,) = await self._script.pipelined(self.client, [(names, arguments)])
+        return None if answer == b"ok" else int(answer)
+
+    async def publish(self, delta: Delta) -> bool:
+        """Append a delta to the feed; False where the feed is already beyond it."""
+        return await self._feed.publish(delta)
+
+
+class ItemStore(RowStore):
+    """Item rows, catalogue and feed."""
+
+    def __init__(self, client: Redis, keys: Keys, feed_bytes: int = 64 << 20) -> None:
+        super().__init__(client, keys.item_applied, keys.item_rows, keys.item_feed, feed_bytes)
+        self.keys = keys
+
+    async def load_catalogue(self) -> list[tuple[int, bytes]]:
+        """Return every catalogue entry as (item hash, MessagePack)."""
+        return [row async for row in self.scan(self.keys.item_catalogue)]
+
+    async def commit_catalogue(self, following: int, keys: Sequence[int], values: Sequence[bytes]) -> None:
+        """Write catalogue entries and the next offset of `items` in one transaction; absolute values, so a repeat is harmless."""
+        pipe = self.client.pipeline(transaction=True)
+        for bucket, flat in _bucketed(keys, values).items():
+            pipe.hset(self.keys.item_catalogue(bucket), items=cast(list[Any], flat))
+        pipe.hset(self.head_key, "catalogue", str(following))
+        await pipe.execute()
+
+
+class ModelStore(RowStore):
+    """Learnt rows with optimiser state, dense weights in the head, and the feed that serving reads."""
+
+    def __init__(self, client: Redis, keys: Keys, feed_bytes: int = 64 << 20) -> None:
+        super().__init__(client, keys.model_head, keys.model_rows, keys.model_feed, feed_bytes)
+        self.keys = keys
+
+    async def publish_step(
+        self, *, step: int, first: int, following: int, keys: Sequence[int], vectors: Sequence[bytes], dense: bytes
+    ) -> None:
+        """Append a step: its vectors in entries of about 1 MB, then the entry that ends it."""
+        at = 0
+        while at < len(keys):
+            last, size = at, 0
+            while last < len(keys) and (size == 0 or size + len(vectors[last]) <= FEED_ENTRY_BYTES):
+                size += len(vectors[last])
+                last += 1
+            await self.publish(Delta("vectors", first, following, keys[at:last], vectors[at:last], step=step))
+            at = last
+        await self.publish(Delta("step", first, following, (), (), dense, step))
+
+
+async def append_metrics(client: Redis, key: str, fields: Mapping[str, Any], *, keep: int = 3600) -> None:
+    """Append a point to a learning curve that keeps about the last `keep` points."""
+    await client.xadd(key, cast(Any, dict(fields)), maxlen=keep, approximate=True)
+
+
+async def read_metrics(client: Redis, key: str, *, after: str = "-", count: int = 600) -> list[tuple[str, dict[str, str]]]:
+    """Return points of a learning curve after an id (exclusive), or its newest `count` for "-"."""
+    if after == "-":
+        entries = list(reversed(await client.xrevrange(key, count=count)))
+    else:
+        entries = await client.xrange(key, min=f"({after}", count=count)
+    return [(i.decode(), {k.decode(): v.decode() for k, v in fields.items()}) for i, fields in entries]

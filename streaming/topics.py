@@ -1,0 +1,250 @@
+"""Topics, partitions, position tokens, and the one producer that appends to them.
+
+Knows nothing about what the records mean. Partition of a user = murmur2(user id), computed here and passed explicitly,
+because clients' default partitioners differ and a user must have one home (FAUST and PATH notes; Java's default).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import for_code
+from aiokafka.partitioner import murmur2
+
+log = logging.getLogger(__name__)
+
+INLETS: Final = ("clicks", "dwells", "ratings", "actions", "views")
+MAX_MESSAGE_BYTES: Final = 1_048_576
+_ALREADY_EXISTS = 36
+Record = tuple[int, bytes | None, bytes]
+"""(partition, key, value)"""
+
+
+class TopicsError(RuntimeError):
+    """Topics are missing or not as this deployment expects them; the message names the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """The topics of one namespace; `partitions` is that of the log and the inlets, the others have one."""
+
+    namespace: str = "fr"
+    partitions: int = 8
+    retention_inlets_days: int = 7
+
+    @property
+    def events(self) -> str:
+        """The log: every event, keyed by user; partition order is the only order the folds know."""
+        return f"{self.namespace}.events"
+
+    @property
+    def examples(self) -> str:
+        """What the user agents derive: one partition, one total order, no user ids."""
+        return f"{self.namespace}.examples"
+
+    @property
+    def items(self) -> str:
+        """The catalogue, compacted, keyed by item id."""
+        return f"{self.namespace}.items"
+
+    @property
+    def steps(self) -> str:
+        """The learner's steps: lineage, offset ranges, micro-batch sizes, seed."""
+        return f"{self.namespace}.steps"
+
+    @property
+    def dead_letters(self) -> str:
+        """What could not be read, with its reason and its original bytes."""
+        return f"{self.namespace}.dead-letters"
+
+    def inlet(self, name: str) -> str:
+        """The inlet for one type of event from any Kafka client, JSON."""
+        return f"{self.namespace}.{name}"
+
+    def inlet_of(self, topic: str) -> str:
+        """The inlet's short name of a full topic name."""
+        return topic.removeprefix(f"{self.namespace}.")
+
+    def specs(self) -> dict[str, tuple[int, dict[str, str]]]:
+        """Topic -> (partitions, configuration)."""
+        stamped = {"message.timestamp.type": "LogAppendTime"}
+        kept = {**stamped, "retention.ms": "-1"}
+        inlets = {**stamped, "retention.ms": str(self.retention_inlets_days * 86_400_000)}
+        return {
+            self.events: (self.partitions, kept),
+            self.examples: (1, kept),
+            self.items: (1, {**stamped, "cleanup.policy": "compact"}),
+            self.steps: (1, kept),
+            self.dead_letters: (1, kept),
+            **{self.inlet(name): (self.partitions, inlets) for name in INLETS},
+        }
+
+
+@lru_cache(maxsize=65_536)
+def partition_of(user_id: str, partitions: int) -> int:
+    """Return the partition of a user: Java's default, murmur2 of the utf-8 key."""
+    return int((murmur2(user_id.encode()) & 0x7FFFFFFF) % partitions)
+
+
+async def create_topics(bootstrap: str, topics: Topics) -> None:
+    """Create the topics that do not exist yet; raises what Kafka answers otherwise."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        wanted = [NewTopic(n, p, 1, topic_configs=configs) for n, (p, configs) in topics.specs().items()]
+        response = await admin.create_topics(wanted)
+        for name, code, message in (error[:3] for error in response.topic_errors):
+            if code not in (0, _ALREADY_EXISTS):
+                raise for_code(code)(f"creating topic {name}: {message}")
+    finally:
+        await admin.close()
+
+
+async def describe(bootstrap: str, names: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
+    """Return (cluster id, topic -> (partitions, topic id or '')); a missing topic has 0 partitions."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        cluster = (await admin.describe_cluster())["cluster_id"]
+        described = await admin.describe_topics(list(names))
+        found = {
+            str(t["topic"]): (len(t["partitions"]) if t["error_code"] == 0 else 0, str(t.get("topic_id") or ""))
+            for t in described
+        }
+    finally:
+        await admin.close()
+    return str(cluster), {name: found.get(name, (0, "")) for name in names}
+
+
+async def preflight(bootstrap: str, topics: Topics) -> str:
+    """Check that all topics exist with the expected partitions; return the cluster's id. Raises TopicsError.
+
+    A missing topic leaves a Kafka client waiting in silence, so every process asks first.
+    """
+    cluster, found = await describe(bootstrap, list(topics.specs()))
+    wrong = [
+        f"{name}: expected {partitions} partition(s), got {found[name][0] or 'no such topic'}"
+        for name, (partitions, _) in topics.specs().items()
+        if found[name][0] != partitions
+    ]
+    if wrong:
+        raise TopicsError(
+            "; ".join(wrong) + f". `freshet up` creates the topics of namespace {topics.namespace!r};"
+            " on your own cluster create them so, or set FRESHET_NAMESPACE or FRESHET_PARTITIONS to what is there."
+        )
+    return cluster
+
+
+class Log:
+    """The producer: idempotent, acks=all, records of one call to one partition in one batch and in order."""
+
+    def __init__(self, bootstrap: str, *, linger_ms: int = 0) -> None:
+        self._bootstrap, self._linger_ms = bootstrap, linger_ms
+        self._producer: AIOKafkaProducer | None = None
+
+    async def start(self) -> None:
+        """Connect."""
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=self._bootstrap, acks="all", enable_idempotence=True, linger_ms=self._linger_ms,
+            max_request_size=MAX_MESSAGE_BYTES, max_batch_size=262_144, request_timeout_ms=30_000,
+        )  # fmt: skip
+        await self._producer.start()
+
+    async def stop(self) -> None:
+        """Send what is pending and disconnect."""
+        if self._producer is not None:
+            await self._producer.stop()
+            self._producer = None
+
+    async def append(self, topic: str, records: Iterable[Record]) -> dict[int, int]:
+        """Append records; return partition -> highest offset once every one is acknowledged by all replicas."""
+        futures = await self.submit(topic, records)
+        last: dict[int, int] = {}
+        for metadata, count in await asyncio.gather(*futures):
+            last[metadata.partition] = max(last.get(metadata.partition, -1), metadata.offset + count - 1)
+        return last
+
+    async def submit(self, topic: str, records: Iterable[Record]) -> list[asyncio.Future[tuple[Any, int]]]:
+        """Hand records over in order and return futures of their acknowledgements."""
+        if self._producer is None:
+            raise RuntimeError("the log is not started: call start() first")
+        by_partition: dict[int, list[tuple[bytes | None, bytes]]] = defaultdict(list)
+        for partition, key, value in records:
+            by_partition[partition].append((key, value))
+        futures: list[asyncio.Future[tuple[Any, int]]] = []
+        for partition, pairs in by_partition.items():
+            if len(pairs) == 1:
+                key, value = pairs[0]
+                future = await self._producer.send(topic, value=value, key=key, partition=partition)
+                futures.append(asyncio.ensure_future(_counted(future, 1)))
+                continue
+            futures += await self._send_batches(topic, partition, pairs)
+        return futures
+
+    async def _send_batches(
+        self, topic: str, partition: int, pairs: list[tuple[bytes | None, bytes]]
+    ) -> list[asyncio.Future[tuple[Any, int]]]:
+        producer = self._producer
+        assert producer is not None
+        futures: list[asyncio.Future[tuple[Any, int]]] = []
+        at = 0
+        while at < len(pairs):
+            batch, count = producer.create_batch(), 0
+            while at < len(pairs) and batch.append(key=pairs[at][0], value=pairs[at][1], timestamp=None) is not None:
+                at, count = at + 1, count + 1
+            if not count:  # larger than a batch: alone it may still pass the broker's limit
+                key, value = pairs[at]
+                future, at, count = await producer.send(topic, value=value, key=key, partition=partition), at + 1, 1
+            else:
+                future = await producer.send_batch(batch, topic, partition=partition)
+            futures.append(asyncio.ensure_future(_counted(future, count)))
+        return futures
+
+
+async def _counted(future: asyncio.Future[Any], count: int) -> tuple[Any, int]:
+    return await future, count
+
+
+class TokenError(ValueError):
+    """A position token that this deployment did not write."""
+
+
+def encode_token(offsets: dict[int, int]) -> str:
+    """Return the position token of `events`: base64url of {partition: highest offset}."""
+    text = json.dumps({str(p): o for p, o in sorted(offsets.items())}, separators=(",", ":"))
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What a token says: offsets of `events` by partition, or one record of an inlet."""
+
+    events: dict[int, int]
+    inlet: tuple[str, int, int] | None = None
+
+
+def decode_token(token: str) -> Position:
+    """Read a position token, or `<inlet>:<partition>:<offset>`; raises TokenError."""
+    wrong = TokenError(f"after: expected a position token or <inlet>:<partition>:<offset>, got {token[:60]!r}")
+    if ":" in token:
+        inlet, _, rest = token.partition(":")
+        partition, _, offset = rest.partition(":")
+        if inlet not in INLETS or not partition.isdigit() or not offset.isdigit():
+            raise wrong
+        return Position({}, (inlet, int(partition), int(offset)))
+    try:
+        loaded = json.loads(base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
+        return Position({int(p): int(o) for p, o in loaded.items()})
+    except (ValueError, binascii.Error, AttributeError, TypeError, RecursionError) as error:
+        raise wrong from error
