@@ -78,7 +78,8 @@ class Scorecard:
             return Lead(float("nan"), float("nan"), float("nan"))
         _, index = np.unique([entry.user for entry in chosen], return_inverse=True)
         difference = np.array([entry.ours - entry.popular for entry in chosen])
-        total, count = np.bincount(index, difference), np.bincount(index, np.ones(len(index)))
+        total = np.asarray(np.bincount(index, difference), np.float64)
+        count = np.asarray(np.bincount(index), np.float64)
         low, high = np.percentile(_resampled(total, count, rng), [2.5, 97.5]).tolist()
         return Lead(float(difference.mean()), low, high)
 
