@@ -1,0 +1,79 @@
+"""One real Kafka broker and one real Redis for the whole run, a namespace for each test.
+
+`FRESHET_KAFKA` and `FRESHET_REDIS` name servers that run already; otherwise both are started by `infra`, on free
+ports, in a folder that is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.kafka import Broker, kafka_answers
+from infra.settings import PREFIX, Settings
+from infra.store import RedisServer, redis_answers
+
+_GIVEN = {name: os.environ.pop(PREFIX + name.upper(), "") for name in ("kafka", "redis")}
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`host:port` of a real Kafka broker."""
+    if _GIVEN["kafka"]:
+        assert kafka_answers(_GIVEN["kafka"]), f"FRESHET_KAFKA={_GIVEN['kafka']} does not answer"
+        yield _GIVEN["kafka"]
+        return
+    broker = Broker.prepare(tmp_path_factory.mktemp("kafka"), Settings.load(env={}).cache_path)
+    try:
+        broker.start()
+        broker.wait_ready()
+        yield broker.bootstrap
+    finally:
+        broker.stop()
+        broker.wipe()
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`redis://...` of a real Redis server."""
+    if _GIVEN["redis"]:
+        assert redis_answers(_GIVEN["redis"]), f"FRESHET_REDIS={_GIVEN['redis']} does not answer"
+        yield _GIVEN["redis"]
+        return
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    try:
+        server.start()
+        server.wait_ready()
+        yield server.url
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that no other test has."""
+    return f"t{uuid.uuid4().hex[:10]}"
+
+
+@pytest.fixture
+def settings(kafka: str, redis_url: str, namespace: str, tmp_path: Path) -> Settings:
+    """Settings on the run's real servers, with the test's own namespace and data folder."""
+    return Settings.load(tmp_path, env={}, kafka=kafka, redis=redis_url, namespace=namespace, port=0)
+
+
+@pytest.fixture
+def topics(kafka: str, namespace: str) -> Callable[..., Awaitable[object]]:
+    """`await topics(partitions=8)` creates the namespace's topics and returns its `Topics`."""
+
+    async def create(partitions: int = 8) -> object:
+        from streaming.topics import Topics, create_topics
+
+        made = Topics(namespace, partitions)
+        await create_topics(kafka, made)
+        return made
+
+    return create
