@@ -192,7 +192,7 @@ class Settings:
     event_weights: tuple[Weight, ...] = _setting(
         EVENT_WEIGHTS, _weights, "Table of (kind, condition, weight): what an event says of an item, as JSON."
     )
-    retention_inlets_days: float = _setting(7.0, _float(0.01, 3650), "Days that the inlet topics keep their records.")
+    retention_inlets_days: int = _setting(7, _int(1, 3650), "Days that the inlet topics keep their records.")
     disk_cap_gb: float = _setting(20.0, _float(0.1, 1e6), "Size of the data folder above which `up` warns.")
     token_wait_ms: int = _setting(250, _int(0, 2000), "How long a lookup with `after` waits when it does not say.")
     feed_mb: int = _setting(64, _int(1, 4096), "Cap of each feed in Redis, in MB.")

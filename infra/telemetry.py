@@ -1,0 +1,164 @@
+"""The one place that names every Prometheus series, and that sets up logging; knows nothing of what is measured.
+
+A process makes one `Telemetry` and hands it on; nothing is registered at import. Durations are in seconds and are
+observed for failures too: a histogram that counts successes only would flatter.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+READY_FILE: Final = "FRESHET_READY_FILE"
+FAST: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+SLOW: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One series: its name, its kind, what it says, its labels, its buckets."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+HTTP_SECONDS = Series(
+    "freshet_http_seconds", "histogram", "Time to answer a request, failures too.", ("route", "method", "status"), FAST
+)
+EVENTS_RECEIVED = Series(
+    "freshet_events_received_total", "counter", "Events at the HTTP door.", ("type", "status")
+)  # fmt: skip
+SLATES = Series("freshet_slates_total", "counter", "Slates served.", ("policy", "degraded"))
+SLATE_SECONDS = Series("freshet_slate_seconds", "histogram", "Time of one stage of a slate.", ("stage",), FAST)
+IMPRESSIONS = Series(
+    "freshet_impressions_total", "counter", "Slates logged, dropped (buffer full) or failed (Kafka).", ("status",)
+)  # fmt: skip
+TOKEN_WAITS = Series("freshet_token_waits_total", "counter", "Lookups with after=, by outcome.", ("applied",))
+SNAPSHOT_POSITION = Series(
+    "freshet_snapshot_position", "gauge", "Offset in examples up to which this process's arrays are.", ("feed",)
+)
+SNAPSHOT_RELOADS = Series("freshet_snapshot_reloads_total", "counter", "Reloads of the arrays from Redis.", ("feed",))
+SNAPSHOT_ROWS = Series("freshet_snapshot_rows", "gauge", "Rows held by this process's arrays.", ("feed",))
+
+APPLIED = Series("freshet_applied_total", "counter", "Entries folded into committed state.", ("agent",))
+DUPLICATES = Series("freshet_duplicates_total", "counter", "Events seen before and dropped.", ("agent",))
+DEAD_LETTERS = Series("freshet_dead_letters_total", "counter", "Records that could not be used.", ("topic",))
+DEDUPE_OVERFLOW = Series(
+    "freshet_dedupe_overflow_total", "counter", "Event ids pushed out of a user's window before 24 h."
+)
+COMMIT_REFUSED = Series("freshet_commit_refused_total", "counter", "Commits that found another writer.", ("agent",))
+BATCH_SECONDS = Series(
+    "freshet_batch_seconds", "histogram", "Time of one micro-batch, read to commit.", ("agent",), FAST
+)
+APPLIED_DELAY_SECONDS = Series(
+    "freshet_applied_delay_seconds", "histogram", "Log append to committed profile.", ("agent",), SLOW
+)
+LAG = Series(
+    "freshet_lag", "gauge", "Records of a topic that this process has not applied yet.", ("agent", "partition")
+)
+
+STEPS = Series("freshet_learner_steps_total", "counter", "Steps of the learner.")
+STEP_SECONDS = Series("freshet_learner_step_seconds", "histogram", "Time of one step of the learner.", (), SLOW)
+LOSS = Series("freshet_learner_loss", "gauge", "Loss of the last step, before it was learnt.", ("head",))
+LEARNER_POSITION = Series("freshet_learner_position", "gauge", "Offset in examples up to which the weights are.")
+
+SERIES: Final = tuple(value for value in list(globals().values()) if isinstance(value, Series))
+
+
+class Telemetry:
+    """The series of one process; each appears once it was touched."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
+
+    def count(self, series: Series, n: float = 1, **labels: str) -> None:
+        """Add `n` to a counter."""
+        metric = self._counters.get(series.name)
+        if metric is None:
+            metric = Counter(series.name, series.help, series.labels, registry=self.registry)
+            self._counters[series.name] = metric
+        (metric.labels(**labels) if labels else metric).inc(n)
+
+    def set(self, series: Series, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        metric = self._gauges.get(series.name)
+        if metric is None:
+            metric = Gauge(series.name, series.help, series.labels, registry=self.registry)
+            self._gauges[series.name] = metric
+        (metric.labels(**labels) if labels else metric).set(value)
+
+    def observe(self, series: Series, seconds: float, **labels: str) -> None:
+        """Put a duration into a histogram."""
+        metric = self._histograms.get(series.name)
+        if metric is None:
+            metric = Histogram(series.name, series.help, series.labels, registry=self.registry, buckets=series.buckets)
+            self._histograms[series.name] = metric
+        (metric.labels(**labels) if labels else metric).observe(seconds)
+
+    def exposition(self) -> bytes:
+        """What `/metrics` answers, in the text format (CONTENT_TYPE)."""
+        return generate_latest(self.registry)
+
+
+class RateLimit(logging.Filter):
+    """Lets through at most `burst` records of one message template per `seconds`, and then says how many it held back.
+
+    Kafka's client logs about ten lines a second for as long as a broker is away.
+    """
+
+    def __init__(self, *, burst: int = 3, seconds: float = 30.0) -> None:
+        super().__init__()
+        self.burst, self.seconds = burst, seconds
+        self._seen: dict[tuple[str, int, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
+        key = (record.name, record.levelno, str(record.msg)[:80])
+        now = time.monotonic()
+        since, count = self._seen.get(key, (now, 0))
+        if now - since > self.seconds:
+            if count > self.burst:
+                record.msg = f"{record.getMessage()} [{count - self.burst} more like this since]"
+                record.args = ()
+            since, count = now, 0
+        if len(self._seen) > 1000:
+            self._seen.clear()
+        self._seen[key] = (since, count + 1)
+        return count < self.burst
+
+
+def configure_logging(level: str = "info") -> None:
+    """One line per record on standard error; third-party clients from warnings on, and rate-limited."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
+    limit = RateLimit()
+    handler.addFilter(lambda record: not _foreign(record.name) or limit.filter(record))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in ("aiokafka", "kafka", "faust", "mode", "asyncio", "uvicorn", "httpx", "httpcore", "numba"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+
+def _foreign(name: str) -> bool:
+    return name.split(".", 1)[0] in ("aiokafka", "kafka", "faust", "mode")
+
+
+def mark_ready() -> None:
+    """Tell the supervisor, if there is one, that this process does its work now (assigned, loaded, listening)."""
+    if path := os.environ.get(READY_FILE):
+        Path(path).write_text(str(os.getpid()))
