@@ -18,11 +18,11 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from infra.process import Process, answers, folder_lock, free_port
 
@@ -31,6 +31,7 @@ WAY_OUT = (
     "Way out: point FRESHET_KAFKA=host:port at a Kafka that runs already (and FRESHET_REDIS=redis://... likewise)."
 )
 Say = Callable[[str], None]
+T = TypeVar("T")
 _PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
@@ -280,10 +281,12 @@ class Broker:
         self.process = Process("kafka", [], log=log or data / "kafka.log", on_parent_death=signal.SIGTERM)
 
     @classmethod
-    def prepare(cls, data: Path, cache: Path, *, quiet: bool = False, say: Say = lambda text: None) -> Broker:
+    def prepare(
+        cls, data: Path, cache: Path, *, quiet: bool = False, say: Say = lambda text: None, log: Path | None = None
+    ) -> Broker:
         """A broker with its jars fetched and its archive built; not started yet."""
         jars = fetch_jars(cache, quiet=quiet)
-        return cls(data, jars=jars, archive=archive(cache, jars, say))
+        return cls(data, jars=jars, archive=archive(cache, jars, say), log=log)
 
     @property
     def bootstrap(self) -> str:
@@ -355,8 +358,18 @@ def _uuid() -> str:
             return text
 
 
+def run_blocking(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine to its end, on a thread of its own where this one has a running event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(work())).result()
+
+
 def kafka_answers(bootstrap: str, timeout: float = 2.0) -> bool:
-    """Whether a broker answers there with itself in its metadata; must be called outside an event loop."""
+    """Whether a broker answers there with itself in its metadata."""
 
     async def ask() -> bool:
         from aiokafka.admin import AIOKafkaAdminClient
@@ -377,7 +390,7 @@ def kafka_answers(bootstrap: str, timeout: float = 2.0) -> bool:
     try:
         from aiokafka.errors import KafkaError as ClientError
 
-        return asyncio.run(bounded())
+        return run_blocking(bounded)
     except (TimeoutError, OSError, ClientError):
         return False
     finally:

@@ -208,9 +208,16 @@ class Settings:
 
     @classmethod
     def load(
-        cls, data: str | Path | None = None, *, env: Mapping[str, str] | None = None, **overrides: object
+        cls,
+        data: str | Path | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        running: bool = True,
+        **overrides: object,
     ) -> Settings:
         """The settings of this process; overrides that are None count as not given.
+
+        `running=False` leaves out what `DATA/stack.json` says: who starts a stack does not ask the last one.
 
         Raises SettingsError naming the setting, where it came from, what was expected and what was got.
         """
@@ -227,7 +234,7 @@ class Settings:
             if name not in values and raw is not None and (raw != "" or item.default == ""):
                 values[name] = _parsed(item, raw, f"environment {PREFIX}{name.upper()}")
         path = Path(values.get("data", known["data"].default))
-        for name, value in _running(path).items():
+        for name, value in (_running(path) if running else {}).items():
             if not values.get(name):
                 values[name] = _parsed(known[name], value, str(path / "stack.json"))
         return cls(**values)
