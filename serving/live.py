@@ -1,0 +1,256 @@
+"""The page at `/`, its files, and its stream of figures: server-sent events at `/-/live`, one frame a second.
+
+A frame joins what the processes wrote to their learning curves in Redis (`users`, `items`, `learner`, `world`) with
+what this API process counted itself (`api`). Frames are numbered by their second, so a browser that lost its connection
+goes on after the last one it saw (`Last-Event-ID`), also after a restart of this process. It knows nothing about how
+the figures came to be, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+log = logging.getLogger("freshet.serving")
+
+CURVES: Final = ("users", "items", "learner", "world")
+KEEP_S: Final = 900
+MAX_VIEWERS: Final = 64
+STATIC: Final = Path(__file__).parent / "static"
+TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+LOOKUP_ROUTE: Final = "/v1/recommendations/{user_id}"
+
+Point = tuple[str, Mapping[str, str]]
+Read = Callable[[str, str, int], Awaitable[Sequence[Point]]]
+"""(curve, id or "-", count) -> points after the id, or the newest `count`."""
+
+
+class Frame(NamedTuple):
+    """One second of figures, encoded once for all viewers; `second` since the epoch is its id."""
+
+    second: int
+    data: bytes
+
+
+def numbers(fields: Mapping[str, str]) -> dict[str, float]:
+    """The finite numbers among the fields of a point."""
+    found = {}
+    for name, text in fields.items():
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if math.isfinite(value):
+                found[name] = value
+    return found
+
+
+def join(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One figure per name from one curve's points of one second: counts add up, delays the worst, the rest the latest."""
+    joined: dict[str, float] = {}
+    for point in points:
+        for name, value in point.items():
+            if name in ("events", "duplicates", "dead") and name in joined:
+                joined[name] += value
+            elif name.startswith("applied_p") and name in joined:
+                joined[name] = max(joined[name], value)
+            else:
+                joined[name] = value
+    if joined.get("events") == 0:  # nothing was applied: there is no delay to tell
+        joined = {name: value for name, value in joined.items() if not name.startswith("applied_p")}
+    return joined
+
+
+class Lookups:
+    """Lookups a second and their percentiles, from this process's own histogram of answers."""
+
+    def __init__(self, registry: CollectorRegistry, series: str = "freshet_http_seconds") -> None:
+        self._registry, self._series = registry, series
+        self._last: dict[float, float] = {}
+        self._since = time.monotonic()
+
+    def take(self) -> dict[str, float]:
+        """Figures since the last call: lookups_s, lookup_p50_ms, lookup_p99_ms; percentiles within a bucket's width."""
+        totals = self._totals()
+        now, passed = time.monotonic(), max(1e-3, time.monotonic() - self._since)
+        fresh = {edge: count - self._last.get(edge, 0.0) for edge, count in totals.items()}
+        self._last, self._since = totals, now
+        count = fresh.get(math.inf, 0.0)
+        figures = {"lookups_s": round(count / passed, 1)}
+        if count > 0:
+            edges = sorted(fresh.items())
+            figures |= {f"lookup_p{q}_ms": round(1000 * _quantile(edges, q / 100), 2) for q in (50, 99)}
+        return figures
+
+    def _totals(self) -> dict[float, float]:
+        totals: dict[float, float] = {}
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if sample.name == f"{self._series}_bucket" and sample.labels.get("route") == LOOKUP_ROUTE:
+                    edge = float(sample.labels["le"])
+                    totals[edge] = totals.get(edge, 0.0) + sample.value
+        return totals
+
+
+def _quantile(edges: Sequence[tuple[float, float]], q: float) -> float:
+    """The q-quantile (s) of cumulative buckets (edge, count), linear within a bucket, at most the last finite edge."""
+    wanted, below, left = q * edges[-1][1], 0.0, 0.0
+    for edge, count in edges:
+        if count >= wanted:
+            if math.isinf(edge) or count == below:
+                return left
+            return left + (edge - left) * (wanted - below) / (count - below)
+        below, left = count, edge
+    return left
+
+
+class Live:
+    """The frames of the last 15 minutes and those who watch; it reads Redis only while someone does."""
+
+    def __init__(
+        self, *, read: Read, here: Callable[[], Mapping[str, Any]], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._read, self._here, self._clock = read, here, clock
+        self._frames: deque[Frame] = deque(maxlen=KEEP_S)
+        self._last: dict[str, str] = dict.fromkeys(CURVES, "-")
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.viewers = 0
+
+    def enter(self) -> bool:
+        """Count a viewer in; False where the house is full."""
+        if self.viewers >= MAX_VIEWERS:
+            return False
+        self.viewers += 1
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="live")
+        return True
+
+    def leave(self) -> None:
+        """Count a viewer out; the last one stops the reading."""
+        self.viewers -= 1
+        if self.viewers == 0 and self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def watch(self, after: int) -> AsyncIterator[Frame]:
+        """Frames later than second `after`: those kept, then each new one. A slow viewer skips, nothing piles up."""
+        while True:
+            news = self._news
+            for frame in [frame for frame in self._frames if frame.second > after]:
+                after = frame.second
+                yield frame
+            await news.wait()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.poll()
+            except Exception as error:  # Redis is away: the frame says so, the page stays
+                log.debug("live: %s: %s", type(error).__name__, error)
+                self._add(int(self._clock()), {"api": {**self._here(), "degraded": True}})
+            await asyncio.sleep(1.0 - self._clock() % 1.0 + 0.02)
+
+    async def poll(self) -> None:
+        """Read what is new and make the frame of this second, before it those of seconds that nobody watched."""
+        second = int(self._clock())
+        known = self._frames[-1].second if self._frames else second - KEEP_S
+        found: dict[int, dict[str, list[dict[str, float]]]] = {}
+        for name in CURVES:
+            for identifier, fields in await self._new_points(name):
+                at = int(identifier.split("-")[0]) // 1000
+                if known < at < second - 1 or (not self._frames and known < at < second):
+                    found.setdefault(at, {}).setdefault(name, []).append(numbers(fields))
+                elif at >= known:
+                    found.setdefault(second, {}).setdefault(name, []).append(numbers(fields))
+        for at in sorted(found.keys() | {second}):
+            body: dict[str, Any] = {name: join(points) for name, points in found.get(at, {}).items()}
+            self._add(at, {**body, "api": dict(self._here())} if at == second else body)
+
+    async def _new_points(self, name: str) -> list[Point]:
+        points = list(await self._read(name, self._last[name], KEEP_S))
+        if points:
+            self._last[name] = points[-1][0]
+        elif self._last[name] == "-":
+            self._last[name] = "0-0"
+        return points
+
+    def _add(self, second: int, body: dict[str, Any]) -> None:
+        if self._frames and second <= self._frames[-1].second:
+            return
+        self._frames.append(Frame(second, msgspec.json.encode({"t": second, **body})))
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+
+def _static(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    body = path.read_bytes()
+    headers = {**HEADERS, "ETag": f'"{hashlib.sha256(body).hexdigest()[:16]}"'}
+
+    async def answer(request: Request) -> Response:
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(body, headers=headers, media_type=TYPES[path.suffix])
+
+    return answer
+
+
+def _after(request: Request) -> int:
+    text = request.headers.get("last-event-id") or request.query_params.get("after", "")
+    return int(text) if text.isdigit() and len(text) < 16 else 0
+
+
+class _Stream(StreamingResponse):
+    """An event stream that counts its viewer out however it ends."""
+
+    def __init__(self, live: Live, after: int) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"}
+        super().__init__(_messages(live, after), headers=headers, media_type="text/event-stream")
+        self._live = live
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._live.leave()
+
+
+async def _messages(live: Live, after: int) -> AsyncIterator[bytes]:
+    yield b"retry: 1000\n\n"
+    async for frame in live.watch(after):
+        yield b"id: %d\ndata: %b\n\n" % (frame.second, frame.data)
+
+
+def _stream(live: Live) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        if live.enter():
+            return _Stream(live, _after(request))
+        return Response("too many viewers\n", 503, headers={"Retry-After": "10"}, media_type="text/plain")
+
+    return answer
+
+
+def routes(live: Live) -> list[Route]:
+    """`/`, `/static/...` (one route a file: nothing else can be asked for) and `/-/live`."""
+    files = [Route(f"/static/{path.name}", _static(path)) for path in sorted(STATIC.iterdir()) if path.suffix in TYPES]
+    return [Route("/", _static(STATIC / "index.html")), *files, Route("/-/live", _stream(live))]
