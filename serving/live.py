@@ -66,7 +66,7 @@ def numbers(fields: Mapping[str, str]) -> dict[str, float]:
 
 
 def join(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One figure per name from one curve's points of one second: counts add up, delays the worst, the rest the latest."""
+    """One figure per name from a curve's points of one second: counts add up, delays the worst, the rest the latest."""
     joined: dict[str, float] = {}
     for point in points:
         for name, value in point.items():

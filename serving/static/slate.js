@@ -76,6 +76,7 @@ export class Slate {
     localStorage.setItem("freshet.trail", "[]");
     this.$("visitor").textContent = this.visitor;
     this.$("timing").hidden = true;
+    this.$("timing-hint").hidden = false;
     this.drawTrail();
     this.load();
   }
@@ -148,6 +149,7 @@ export class Slate {
     const text = (value) => (value < 10 ? value.toFixed(1) : value.toFixed(0)) + " ms";
     const whole = sent + drawn;
     this.$("timing").hidden = false;
+    this.$("timing-hint").hidden = true;
     this.$("timing-total").textContent = text(whole);
     for (const [name, value] of [["leg-send", sent], ["leg-draw", drawn]]) {
       this.$(name).style.flexGrow = String(Math.max(0.15, value / whole));
