@@ -1,17 +1,304 @@
-"""The console command `freshet`: the composition root; imports every other module lazily, inside its verbs."""
+"""The console command `freshet`: the composition root; imports every other module lazily, inside its verbs.
+
+Knows how to ask and how to answer a person; what a verb does lies in the module that it calls.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
 import typer
 
-app = typer.Typer(name="freshet", no_args_is_help=True, add_completion=False)
+from infra.settings import Settings, SettingsError
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-@app.callback()
-def root() -> None:
-    """A recommender that learns from every event as it happens."""
+ABOUT = """A recommender that learns from every event as it happens.
+
+The next request already knows the last click.
+
+[bold]Begin with[/]
+
+  freshet demo      everything at once, with simulated users: open the page
+  freshet up        Kafka, Redis, agents, learner and API on this machine
+  freshet status    what runs, how far behind, how big
+
+[bold]Then, in another terminal[/]
+
+  curl localhost:8000/v1/events --json '{"type": "click", "user_id": "ann", "item_id": "film-1", "ts": 1795000000}'
+  curl localhost:8000/v1/recommendations/ann
+  freshet replay ratings.csv --format csv --columns user=u,item=i,ts=t
+
+Every setting is an environment variable too: see [bold]freshet settings[/].
+"""
+app = typer.Typer(
+    name="freshet",
+    help=ABOUT,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+RUN, LEARN, LOOK, PROCESS = "Run", "Try and measure", "Look inside", "Single processes (what `up` runs)"
+Data = Annotated[
+    Path | None, typer.Option(help="Data folder of the stack; default .freshet.", metavar="DIR", show_default=False)
+]
+Namespace = Annotated[str | None, typer.Option(help="Names the deployment; default fr.", show_default=False)]
+Kafka = Annotated[
+    str | None, typer.Option(help="Use this Kafka instead of an own one.", metavar="HOST:PORT", show_default=False)
+]
+Redis = Annotated[
+    str | None, typer.Option(help="Use this Redis instead of an own one.", metavar="redis://...", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def main() -> None:
-    """Run the console command."""
-    app()
+    """Run the console command; an error a person can mend is told in a line or two, without a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(0) from None
+    except Exception as error:
+        if not _explains_itself(error):
+            raise
+        fail(str(error))
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Errors of our own that say where, expected, got and what next; looked up only among what was imported."""
+    if isinstance(error, SettingsError):
+        return True
+    known = (("infra.stack", "StackError"), ("infra.kafka", "KafkaError"), ("infra.store", "StoreError"),
+             ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
+             ("streaming.replay", "ReplayError"))  # fmt: skip
+    kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
+    return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Say what is wrong and end."""
+    typer.echo(typer.style("freshet: ", fg="red", bold=True, bg=None) + message, err=True)
+    raise SystemExit(code)
+
+
+def console(*, err: bool = False) -> Console:
+    """Where people read."""
+    from rich.console import Console
+
+    return Console(stderr=err, highlight=False)
+
+
+def show_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=RUN)
+def up(
+    data: Data = None,
+    namespace: Namespace = None,
+    kafka: Kafka = None,
+    redis: Redis = None,
+    host: Annotated[str | None, typer.Option(help="Address of the API; default loopback.", show_default=False)] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the API; default 8000, or the next free one.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default 1.", show_default=False)] = None,
+    partitions: Annotated[
+        int | None, typer.Option(help="Partitions of the log; fixed for a namespace; default 8.", show_default=False)
+    ] = None,
+) -> None:
+    """Start Kafka, Redis, the agents, the learner and the API; Ctrl-C ends them all, state stays.
+
+    No Docker, Java, Kafka or Redis need be installed. The first start fetches Kafka (44 MB, once per user).
+
+      freshet up                        data in .freshet, API on port 8000
+      freshet up --data try --port 9000
+      freshet up --kafka kafka:9092 --redis redis://redis:6379/0
+    """
+    from infra.stack import Stack
+    from infra.telemetry import configure_logging
+
+    settings = Settings.load(
+        data, running=False, namespace=namespace, kafka=kafka, redis=redis, host=host, port=port, workers=workers,
+        partitions=partitions,
+    )  # fmt: skip
+    configure_logging(settings.log_level)
+    screen = console(err=True)
+    with _ended_by_signals(), screen.status("starting") as status:
+        stack = Stack(settings, quiet=not screen.is_terminal, say=lambda text: status.update(text + " ..."))
+        try:
+            stack.start()
+            stack.wait_ready()
+            status.stop()
+            _welcome(screen, stack)
+            _sleep_until_interrupted()
+        except KeyboardInterrupt:
+            status.start()
+        finally:
+            status.update("ending all processes ...")
+            stack.stop()
+    screen.print("All ended; the state is in", str(stack.data))
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Any:
+    """SIGTERM and SIGHUP end like Ctrl-C."""
+    import signal
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _sleep_until_interrupted() -> None:
+    import threading
+
+    threading.Event().wait()
+
+
+def _welcome(screen: Console, stack: Any) -> None:
+    from rich.table import Table
+
+    rows = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("page", stack.api + "/"),
+        ("API", stack.api + "/docs"),
+        ("Kafka", stack.kafka),
+        ("Redis", stack.redis),
+        ("data", str(stack.data)),
+        ("logs", str(stack.data / "logs")),
+    ):
+        rows.add_row(f"[bold]{name}[/]", value)
+    screen.print(rows)
+    screen.print("Ctrl-C ends all; `freshet status` shows more.")
+
+
+# -- single processes -------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=PROCESS)
+def worker(
+    role: Annotated[str, typer.Option(help="users: inlets and profiles; items: popularity and neighbours.")] = "users",
+    slot: Annotated[
+        int | None, typer.Option(help="Static membership: one number per worker process.", show_default=False)
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Run one worker process of Faust agents, until SIGTERM.
+
+      freshet worker --role users --slot 0
+      freshet worker --role items
+    """  # fmt: skip
+    if role not in ("users", "items"):
+        fail(f"--role: expected users or items, got {role!r}", 2)
+    settings = _process_settings(data, worker_slot=slot)
+    from streaming.worker import run
+
+    run(settings, role, settings.worker_slot)  # type: ignore[arg-type]
+
+
+@app.command(rich_help_panel=PROCESS)
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to bind.", show_default=False)] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind.", show_default=False)] = None,
+    data: Data = None,
+) -> None:
+    """Run one API process, until SIGTERM."""
+    settings = _process_settings(data, host=host, port=port)
+    from serving.app import run
+
+    run(settings)
+
+
+def _process_settings(data: Path | None, **overrides: object) -> Settings:
+    """Settings of one process of a deployment; says which servers are missing."""
+    from infra.telemetry import EXIT_FOR_GOOD, configure_logging
+
+    try:
+        settings = Settings.load(data, **overrides)  # type: ignore[arg-type]
+    except SettingsError as error:
+        fail(str(error), EXIT_FOR_GOOD)
+    for name in ("kafka", "redis"):
+        if not getattr(settings, name):
+            fail(
+                f"no {name.capitalize()}: FRESHET_{name.upper()} is not set and {settings.data}/stack.json names none. "
+                "Run `freshet up`, or set the variable.",
+                EXIT_FOR_GOOD,
+            )
+    configure_logging(settings.log_level)
+    return settings
+
+
+# -- look inside ------------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=LOOK)
+def status(
+    data: Data = None,
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
+) -> None:
+    """What runs, how far behind, how big: processes, servers, topics, arrays."""
+    from infra.status import collect, table
+
+    settings = Settings.load(data)
+    if as_json:
+        show_json(collect(settings))
+        return
+    screen = console()
+    if not watch:
+        screen.print(table(collect(settings)))
+        return
+    import time
+
+    from rich.live import Live
+
+    with Live(console=screen, screen=False, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+        while True:
+            live.update(table(collect(settings)), refresh=True)
+            time.sleep(1)
+
+
+@app.command(rich_help_panel=LOOK)
+def settings(data: Data = None, as_json: Json = False) -> None:
+    """Every setting: its value here, its default, its environment variable, what it is for."""
+    rows = Settings.load(data).rows()
+    if as_json:
+        show_json(rows)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for column in ("environment", "value", "default", "help"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        same = row["value"] == row["default"]
+        value = "(table)" if isinstance(row["value"], list) else str(row["value"])
+        default = "(table)" if isinstance(row["default"], list) else str(row["default"])
+        table.add_row(str(row["environment"]), value if same else f"[bold]{value}[/]", default, str(row["help"]))
+    console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -245,6 +245,11 @@ class Settings:
         return self.host in LOOPBACK
 
     @property
+    def data_path(self) -> Path:
+        """The data folder."""
+        return Path(self.data)
+
+    @property
     def cache_path(self) -> Path:
         """Per-user folder of the broker's jars."""
         if self.cache:

@@ -357,7 +357,9 @@ class Stack:
             process.start()
 
         def ready() -> bool:
-            return _api_ready(self.api) if name == "api" else _marked(mark, process.pid)
+            if name == "api":
+                return _api_ready(self.api)
+            return _marked(mark, process.pid) or time.monotonic() - process.started_at > 10
 
         return Child(process, start, ready)
 
