@@ -1,0 +1,267 @@
+"""The training step of item vectors and user encoder: sampled softmax over recent targets, gradients written by hand in torch.
+
+    loss = -log softmax(q . E[c] + b[c])[target] over the target, the batch's other targets and 512 of the last 4,096
+
+Row-wise Adagrad .2 for vectors and the start token (squares start at 1e-3), Adagrad .02 for biases and position logits
+(1e-2), Adam 1e-3 for W and W2 on the sums of 64 events. Gradients of a micro-batch are summed. The tensors share memory
+with the numpy arrays of `Factors`, which scoring reads. The only file of `models/` that imports torch, and lazily.
+Duchi, Hazan, Singer: Adaptive Subgradient Methods (JMLR 2011); Jean et al.: sampled softmax (ACL 2015).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from models.decay import grown
+from models.factors import DIM, POSITIONS, Factors, mix64
+
+NEGATIVES: Final = 512
+RECENT: Final = 4096
+RATE: Final = 0.2
+SMALL_RATE: Final = 0.02
+ADAM_RATE: Final = 1e-3
+ADAM_EVENTS: Final = 64
+SQUARE: Final = 1e-3
+SMALL_SQUARE: Final = 1e-2
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+@njit(cache=True)
+def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, target_at):  # type: ignore[no-untyped-def]  # noqa: E501
+    """Collect the distinct rows of a step; returns how many. `local` i32[capacity] is -1 everywhere and is left so.
+
+    counts f32: how often each row stands as a negative (drawn copies, and once per target of the batch).
+    """
+    n = 0
+    for i in range(len(targets)):
+        row = targets[i]
+        if local[row] < 0:
+            local[row] = n
+            rows[n] = row
+            counts[n] = 0.0
+            n += 1
+        counts[local[row]] += 1.0
+        target_at[i] = local[row]
+    for k in range(draws if filled > 0 else 0):
+        row = ring[np.int64(mix64(np.uint64(seed) + np.uint64(k)) % np.uint64(filled))]
+        if local[row] < 0:
+            local[row] = n
+            rows[n] = row
+            counts[n] = 0.0
+            n += 1
+        counts[local[row]] += 1.0
+    for i in range(history.shape[0]):
+        for p in range(history.shape[1]):
+            row = history[i, p]
+            if row >= 0 and local[row] < 0:
+                local[row] = n
+                rows[n] = row
+                counts[n] = 0.0
+                n += 1
+    for i in range(n):
+        local[rows[i]] = -1
+    return n
+
+@njit(cache=True)
+def _forward(rows, counts, target_at, history, vectors, bias, positions, start, share, user, offsets):  # type: ignore[no-untyped-def]  # noqa: E501
+    """Fill share f32[b, 21] (attention), user f32[b, 2d] (pooled, newest) and offsets f32[b, n] (b_c + log count)."""
+    d = len(start)
+    for i in range(len(history)):
+        top = positions[20]
+        for p in range(20):
+            if history[i, p] >= 0:
+                top = max(top, positions[p])
+        total = np.float32(0.0)
+        for p in range(21):
+            share[i, p] = math.exp(positions[p] - top) if p == 20 or history[i, p] >= 0 else 0.0
+            total += share[i, p]
+        share[i, 20] /= total
+        for j in range(d):
+            user[i, j] = share[i, 20] * start[j]
+            user[i, d + j] = vectors[history[i, 0], j] if history[i, 0] >= 0 else 0.0
+        for p in range(20):
+            if history[i, p] >= 0:
+                share[i, p] /= total
+                for j in range(d):
+                    user[i, j] += share[i, p] * vectors[history[i, p], j]
+        for c in range(len(rows)):
+            offsets[i, c] = bias[rows[c]] + (math.log(counts[c]) if counts[c] > 0.0 else -np.inf)
+        offsets[i, target_at[i]] = bias[rows[target_at[i]]]
+
+
+@njit(cache=True)
+def _toward(target_at, g):  # type: ignore[no-untyped-def]
+    """Turn softmax probabilities into gradients of the loss, in place; returns the summed loss."""
+    loss = 0.0
+    for i in range(len(target_at)):
+        loss -= math.log(max(g[i, target_at[i]], 1e-30))
+        g[i, target_at[i]] -= 1.0
+    return loss
+
+
+@njit(cache=True)
+def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, positions, start, squares, bias_squares, position_squares, start_square):  # type: ignore[no-untyped-def]  # noqa: E501
+    """Add the histories' part to gradient f32[n, d], then take the Adagrad steps of rows, biases, positions, start."""
+    n, d = gradient.shape
+    for c in range(n):
+        local[rows[c]] = c
+    d_positions, d_start = np.zeros(21, np.float32), np.zeros(d, np.float32)
+    d_share = np.zeros(21, np.float32)
+    for i in range(len(history)):
+        mean = np.float32(0.0)
+        for p in range(21):
+            d_share[p] = 0.0
+            if p == 20:
+                for j in range(d):
+                    d_share[p] += d_user[i, j] * start[j]
+                    d_start[j] += share[i, p] * d_user[i, j]
+            elif history[i, p] >= 0:
+                row, c = history[i, p], local[history[i, p]]
+                for j in range(d):
+                    d_share[p] += d_user[i, j] * vectors[row, j]
+                    gradient[c, j] += share[i, p] * d_user[i, j]
+            mean += share[i, p] * d_share[p]
+        for p in range(21):
+            d_positions[p] += share[i, p] * (d_share[p] - mean)
+        if history[i, 0] >= 0:
+            c = local[history[i, 0]]
+            for j in range(d):
+                gradient[c, j] += d_user[i, d + j]
+    for c in range(n):
+        row = rows[c]
+        local[row] = -1
+        _adagrad_row(vectors[row], gradient[c], squares, row)
+        d_bias = np.float32(0.0)
+        for i in range(len(g)):
+            d_bias += g[i, c]
+        if d_bias != 0.0:
+            bias_squares[row] += d_bias * d_bias
+            bias[row] -= 0.02 * d_bias / math.sqrt(bias_squares[row])
+    _adagrad_row(start, d_start, start_square, 0)
+    for p in range(21):
+        position_squares[p] += d_positions[p] * d_positions[p]
+        positions[p] -= 0.02 * d_positions[p] / math.sqrt(position_squares[p])
+
+
+@njit(cache=True)
+def _adagrad_row(vector, gradient, squares, at):  # type: ignore[no-untyped-def]
+    """Row-wise Adagrad: one accumulator per row, of the mean squared gradient; rate .2."""
+    mean = np.float32(0.0)
+    for j in range(len(gradient)):
+        mean += gradient[j] * gradient[j]
+    squares[at] += mean / np.float32(len(gradient))
+    rate = np.float32(0.2 / math.sqrt(squares[at]))
+    for j in range(len(gradient)):
+        vector[j] -= rate * gradient[j]
+
+
+
+class Encoder:
+    """The optimiser of one `Factors`, and the ring of recent targets that negatives are drawn from.
+
+    squares f32[capacity], bias_squares f32[capacity]; ring i64[4096] rows; Adam moments f32[64, 128] for (W, W2).
+    """
+
+    def __init__(self, *, factors: Factors) -> None:
+        self.factors = factors
+        self.squares: F32 = np.zeros(0, np.float32)
+        self.bias_squares: F32 = np.zeros(0, np.float32)
+        self.start_square: F32 = np.full(1, SQUARE, np.float32)
+        self.position_squares: F32 = np.full(POSITIONS + 1, SMALL_SQUARE, np.float32)
+        self.ring: I64 = np.zeros(RECENT, np.int64)
+        self.pushed = 0
+        self.gradient: F32 = np.zeros((DIM, 2 * DIM), np.float32)
+        self.moment: F32 = np.zeros((DIM, 2 * DIM), np.float32)
+        self.moment2: F32 = np.zeros((DIM, 2 * DIM), np.float32)
+        self.pending = 0
+        self.adam_steps = 0
+        self._local: NDArray[np.int32] = np.zeros(0, np.int32)
+        self._tensors: dict[str, Any] = {}
+        self.grow()
+
+    def grow(self) -> None:
+        """Follow the shared rows."""
+        capacity = self.factors.rows.capacity
+        if self.factors.grow() or len(self.squares) < capacity:
+            self.squares = grown(self.squares, capacity, SQUARE)
+            self.bias_squares = grown(self.bias_squares, capacity, SMALL_SQUARE)
+            self._local = grown(self._local, capacity, -1)
+            self._tensors = {}
+
+    def step(self, targets: I64, history: I64, seed: int) -> tuple[float, I64]:
+        """Take one step on target rows i64[b] with histories i64[b, 20] (-1 = none); returns (summed loss, changed rows)."""
+        self.grow()
+        b = len(targets)
+        rows = np.empty(b * (POSITIONS + 1) + NEGATIVES, np.int64)
+        counts = np.empty(len(rows), np.float32)
+        target_at = np.empty(b, np.int64)
+        n = _columns(
+            targets, history, self.ring, min(self.pushed, RECENT), NEGATIVES, np.uint64(seed), self._local, rows,
+            counts, target_at,
+        )  # fmt: skip
+        rows = rows[:n]
+        loss = self._descend(rows, counts[:n], target_at, targets, history)
+        self._push(targets)
+        return loss, rows
+
+    def _descend(self, rows: I64, counts: F32, target_at: I64, targets: I64, history: I64) -> float:
+        import torch
+
+        t = self._tensors or self._share(torch)
+        factors, b = self.factors, len(targets)
+        share, user = np.empty((b, POSITIONS + 1), np.float32), np.empty((b, 2 * DIM), np.float32)
+        offsets = np.empty((b, len(rows)), np.float32)
+        _forward(
+            rows, counts, target_at, history, factors.vectors, factors.bias, factors.positions, factors.start[0], share,
+            user, offsets,
+        )  # fmt: skip
+        with torch.inference_mode():
+            users = torch.from_numpy(user)  # [b, 2d]: pooled, newest
+            vectors = t["vectors"].index_select(0, torch.from_numpy(rows))  # [n, d]
+            q = users @ t["both"].T  # [b, d]
+            g = torch.softmax(torch.addmm(torch.from_numpy(offsets), q, vectors.T), 1)  # [b, n]
+            loss = _toward(target_at, g.numpy())
+            dq = g @ vectors
+            d_user = dq @ t["both"]  # [b, 2d]
+            gradient = g.T @ q  # [n, d]
+            t["gradient"].addmm_(dq.T, users)
+            _backward(
+                rows, g.numpy(), gradient.numpy(), history, share, d_user.numpy(), self._local, factors.vectors,
+                factors.bias, factors.positions, factors.start[0], self.squares, self.bias_squares,
+                self.position_squares, self.start_square,
+            )  # fmt: skip
+            self.pending += b
+            if self.pending >= ADAM_EVENTS:
+                self._adam(t)
+        return float(loss)
+
+    def _adam(self, t: dict[str, Any]) -> None:
+        self.pending = 0
+        self.adam_steps += 1
+        first, second = 1.0 - 0.9**self.adam_steps, 1.0 - 0.999**self.adam_steps
+        t["moment"].mul_(0.9).add_(t["gradient"], alpha=0.1)
+        t["moment2"].mul_(0.999).addcmul_(t["gradient"], t["gradient"], value=0.001)
+        t["both"].sub_((t["moment"] / first) / ((t["moment2"] / second).sqrt() + 1e-8), alpha=ADAM_RATE)
+        t["gradient"].zero_()
+
+    def _share(self, torch: Any) -> dict[str, Any]:
+        """Return tensors over the same memory as the arrays."""
+        torch.set_num_threads(1)
+        arrays = {
+            "vectors": self.factors.vectors, "both": self.factors.both, "gradient": self.gradient,
+            "moment": self.moment, "moment2": self.moment2,
+        }  # fmt: skip
+        self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return self._tensors
+
+    def _push(self, targets: I64) -> None:
+        at = (self.pushed + np.arange(len(targets))) % RECENT
+        self.ring[at] = targets
+        self.pushed += len(targets)

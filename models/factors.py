@@ -1,0 +1,193 @@
+"""Item vectors and the user encoder: what an item is, given what it follows. Knows nothing about popularity or channels.
+
+    q = W sum_p a_p E[h_p] + W2 E[h0],   a = softmax(position logits) over the last 20 items and a start token
+    logit(y) = q . E[y] + b_y            (trained by sampled softmax; scoring adds the log prior)
+
+With negatives drawn from the recent targets, and no logQ correction, q.E + b learns log P(y | history) - log P(y).
+A new item's vector is N(0, .05) drawn from its hash: every process gives it the same one. The training step is in
+`models/encoder.py`; scoring needs numpy and numba only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from models.decay import grown
+from models.examples import CodecError
+from models.rows import Rows
+
+DIM: Final = 64
+POSITIONS: Final = 20
+SCALE: Final = 0.05
+HALF_LIVES: Final = (3600.0, 30 * 86400.0)
+"""Half-lives of the cached user embeddings, s."""
+
+F32 = NDArray[np.float32]
+F16 = NDArray[np.float16]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
+
+ROW: Final = np.dtype([("version", "u1"), ("form", "u1"), ("zero", "u2"), ("bias", "<f4"), ("vector", "<f2", (DIM,))])
+"""A row as serving reads it, 136 B: version 1, form 1."""
+
+
+@njit(cache=True)
+def mix64(x):  # type: ignore[no-untyped-def]
+    """Return the splitmix64 scramble of a u64: the counter-based random bits of this package."""
+    x = np.uint64(x) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@njit(cache=True)
+def _born(keys, first, last, vectors):  # type: ignore[no-untyped-def]
+    for row in range(first, last):
+        state = mix64(keys[row])
+        for j in range(0, vectors.shape[1], 2):
+            state = mix64(state)
+            u = (np.float64(state >> np.uint64(11)) + 0.5) / 9007199254740992.0
+            state = mix64(state)
+            v = np.float64(state >> np.uint64(11)) / 9007199254740992.0
+            radius = 0.05 * math.sqrt(-2.0 * math.log(u))
+            vectors[row, j] = radius * math.cos(2.0 * math.pi * v)
+            vectors[row, j + 1] = radius * math.sin(2.0 * math.pi * v)
+
+
+@njit(cache=True)
+def _encode(history, vectors, positions, start, both):  # type: ignore[no-untyped-def]
+    d = vectors.shape[1]
+    k = min(len(history), 20)
+    top = positions[20]
+    for p in range(k):
+        if history[p] >= 0:
+            top = max(top, positions[p])
+    total = math.exp(positions[20] - top)
+    pooled = np.empty(d, np.float32)
+    for j in range(d):
+        pooled[j] = total * start[j]
+    for p in range(k):
+        if history[p] >= 0:
+            a = math.exp(positions[p] - top)
+            total += a
+            for j in range(d):
+                pooled[j] += a * vectors[history[p], j]
+    q = np.zeros(d, np.float32)
+    newest = k > 0 and history[0] >= 0
+    for i in range(d):
+        s = np.float32(0.0)
+        for j in range(d):
+            s += both[i, j] * pooled[j]
+        s /= total
+        if newest:
+            for j in range(d):
+                s += both[i, d + j] * vectors[history[0], j]
+        q[i] = s
+    return q
+
+
+class Factors:
+    """Vectors f32[capacity, 64] and biases f32[capacity] of all items, aligned to shared rows, and the user encoder.
+
+    positions f32[21] (20 places and the start token's), start f32[1, 64], both f32[64, 128]: W beside W2.
+    """
+
+    def __init__(self, *, rows: Rows) -> None:
+        self.rows = rows
+        self.filled = 0
+        self.vectors: F32 = np.zeros((0, DIM), np.float32)
+        self.bias: F32 = np.zeros(0, np.float32)
+        self.positions: F32 = (-0.15 * np.arange(POSITIONS + 1)).astype(np.float32)
+        self.start: F32 = np.zeros((1, DIM), np.float32)
+        _born(np.ones(1, np.uint64), 0, 1, self.start)
+        self.both: F32 = np.concatenate((np.eye(DIM), 0.5 * np.eye(DIM)), 1).astype(np.float32)
+        self.grow()
+
+    def grow(self) -> bool:
+        """Follow the shared rows; new ones get the vector of their hash. Returns whether the arrays were replaced."""
+        replaced = len(self.vectors) < self.rows.capacity
+        if replaced:
+            self.vectors = grown(self.vectors, self.rows.capacity)
+            self.bias = grown(self.bias, self.rows.capacity)
+        if self.filled < self.rows.n:
+            _born(self.rows.keys, self.filled, self.rows.n, self.vectors)
+            self.filled = self.rows.n
+        return replaced
+
+    def encode(self, history: I64) -> F32:
+        """Return q f32[64] for the rows of a history, newest first, -1 for an item without a row."""
+        out: F32 = _encode(history, self.vectors, self.positions, self.start[0], self.both)
+        return out
+
+    def pack_rows(self, rows: I64) -> list[bytes]:
+        """Return what scoring needs of these rows: bias f32, vector f16[64]."""
+        out = np.zeros(len(rows), ROW)
+        out["version"], out["form"] = 1, 1
+        out["bias"], out["vector"] = self.bias[rows], self.vectors[rows]
+        return cut(out)
+
+    def load_rows(self, keys: U64, blobs: list[bytes]) -> I64:
+        """Set the rows of `keys` u64[k] from `pack_rows` and return them."""
+        values = read_rows(blobs, ROW, form=1)
+        rows = self.rows.add(keys)
+        self.grow()
+        self.bias[rows], self.vectors[rows] = values["bias"], values["vector"]
+        return rows
+
+
+def decayed_embeddings(items: U64, times: F64, now: float, vectors: F32) -> F16:
+    """Return f16[2, 64]: the mean of a user's item vectors f32[h, 64], weighted by 2^-(age / H), H = 1 h and 30 d.
+
+    `times` f64[h] in s, `items` u64[h] (0 = no vector, skipped); zeros for an empty history. A cache, never the truth.
+    """
+    out = np.zeros((len(HALF_LIVES), DIM), np.float16)
+    if not len(items):
+        return out
+    age = np.clip(now - times, 0.0, None)
+    for i, half_life in enumerate(HALF_LIVES):
+        weights = np.exp2(-np.minimum((age - age.min()) / half_life, 60.0)) * (items != 0)
+        out[i] = (weights @ vectors) / max(float(weights.sum()), 1e-12)
+    return out
+
+
+def cut(values: NDArray[Any]) -> list[bytes]:
+    """Return the bytes of each record of a structured array."""
+    data, width = values.tobytes(), values.dtype.itemsize
+    return [data[at : at + width] for at in range(0, len(data), width)]
+
+
+def read_rows(blobs: list[bytes], dtype: np.dtype[Any], *, form: int) -> NDArray[Any]:
+    """Return packed rows as a structured array; raises CodecError where one has another size, version or form."""
+    for blob in blobs:
+        if len(blob) != dtype.itemsize or blob[0] != 1 or blob[1] != form:
+            raise CodecError(
+                f"model row: expected version 1, form {form}, {dtype.itemsize} bytes; got {blob[:2].hex()}, {len(blob)} bytes"
+            )
+    return np.frombuffer(b"".join(blobs), dtype)
+
+
+def pack_named(values: dict[str, Any]) -> bytes:
+    """Return named numpy arrays and plain values as versioned MessagePack; arrays keep dtype and shape."""
+    plain = {
+        k: {"t": v.dtype.str, "s": list(v.shape), "b": v.tobytes()} if isinstance(v, np.ndarray) else v
+        for k, v in values.items()
+    }
+    return b"\xe7\x01" + msgspec.msgpack.encode(plain)
+
+
+def unpack_named(data: bytes) -> dict[str, Any]:
+    """Read `pack_named`; raises CodecError on another magic or version."""
+    if data[:2] != b"\xe7\x01":
+        raise CodecError(f"dense weights: expected version 1, got {data[:2].hex() or 'nothing'}")
+    plain: dict[str, Any] = msgspec.msgpack.decode(data[2:])
+    return {
+        k: np.frombuffer(v["b"], v["t"]).reshape(v["s"]).copy() if isinstance(v, dict) and "t" in v else v
+        for k, v in plain.items()
+    }

@@ -1,0 +1,293 @@
+"""The fold over `examples` that moves the model: prior mixture, item vectors and encoder, ranker.
+
+One call learns one micro-batch, in order: impressions enter the join window; an outcome joins the newest of its slates
+whose logged candidates hold the item and trains the ranker on that list; every new entry of a user's sequence moves the
+prior mixture (online EM, rate .002, read before the item is counted), the decayed counts, and the encoder.
+State is a function of the entries, their micro-batches and the constructor's seed. Knows nothing about Kafka or Redis.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from models.decay import Popularity, add, at_time, grown, popularities
+from models.encoder import Encoder
+from models.examples import ENTERS, IMPRESSION, VIEW, VOICE, Entries, Shown
+from models.factors import POSITIONS, cut, mix64, pack_named, read_rows, unpack_named
+from models.model import STATE_FORM, STATE_ROW, Model
+from models.ranker import F
+from models.rows import Rows
+
+MIXTURE_RATE: Final = 0.002
+WINDOW_S: Final = 3600.0
+"""Stream time within which an outcome joins a slate, s."""
+WINDOW_SLATES: Final = 4096
+"""Slates held at most: about 60 MB of logged candidates."""
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
+
+
+@dataclass(slots=True)
+class Learned:
+    """What one micro-batch did: events learnt, outcomes joined to a slate, lists the ranker learnt, summed losses."""
+
+    entered: int = 0
+    joined: int = 0
+    lists: int = 0
+    encoder_loss: float = 0.0
+    ranker_loss: float = 0.0
+
+
+@dataclass(slots=True, frozen=True)
+class Origin:
+    """Where a record begins: its offset in `examples`, the window's stream time (s) and the marks before it."""
+
+    offset: int
+    time: float
+    marks: tuple[tuple[int, int], ...] = ()
+
+
+START: Final = Origin(0, -np.inf)
+
+
+@dataclass(slots=True)
+class Held:
+    """One slate of the join window; `listed`: features of all candidates were logged, else of the shown items only."""
+
+    shown: Shown
+    listed: bool
+    time: float
+    origin: Origin
+    chosen: set[int] = field(default_factory=set)
+    viewed: set[int] = field(default_factory=set)
+
+
+class Learner:
+    """Owner of a `Model` under training: optimiser state, own popularity, join window.
+
+    rows: the shared rows; seed: of the negatives, mixed with each micro-batch's first source position.
+    """
+
+    def __init__(self, *, rows: Rows, seed: int = 1) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.model = Model(rows=rows)
+        self.encoder = Encoder(factors=self.model.factors)
+        self.popularity = Popularity()
+        self.window: OrderedDict[int, Held] = OrderedDict()
+        self.stream_time = -np.inf
+        self.learnt = 0
+        self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.grow()
+
+    def grow(self) -> None:
+        """Follow the shared rows."""
+        self.encoder.grow()
+        self.popularity.grow(self.rows.capacity)
+        self._touched = grown(self._touched, self.rows.capacity)
+
+    def learn(self, entries: Entries, origin: Origin = START) -> Learned:
+        """Learn one micro-batch of entries, which came with the record that began at `origin`."""
+        out = Learned()
+        for slate, target in self._join(entries, origin):
+            out.joined += 1
+            self._rank(slate, target, out)
+        entering = np.flatnonzero((entries.flags & ENTERS != 0) & (entries.target != 0))
+        if len(entering):
+            self._enter(entries, entering, out)
+        return out
+
+    def refill(self, entries: Entries, origin: Origin) -> None:
+        """Let entries pass through the join window only: what a restart does before it goes on learning."""
+        for _ in self._join(entries, origin):
+            pass
+
+    def window_origin(self) -> Origin | None:
+        """Return where the oldest held slate's record begins: what a restart must read again; None if none is held."""
+        for held in self.window.values():
+            return held.origin
+        return None
+
+    def take_changed(self) -> I64:
+        """Return the rows changed since the last call, sorted."""
+        changed = np.flatnonzero(self._touched)
+        self._touched[changed] = False
+        return changed
+
+    def _join(self, entries: Entries, origin: Origin) -> list[tuple[Held, int]]:
+        pairs = []
+        rows = zip(entries.kind.tolist(), entries.flags.tolist(), entries.time.tolist(), strict=True)
+        for i, (kind, flags, time) in enumerate(rows):
+            self.stream_time = max(self.stream_time, time)
+            if kind == IMPRESSION:
+                self._hold(Shown.from_bytes(entries.extra[i]), origin)
+            elif kind == VIEW or flags & ENTERS:
+                target = int(entries.target[i])
+                held = self._find(entries.slates[i].tolist(), target)
+                if held is not None and kind == VIEW:
+                    held.viewed.add(target)
+                elif held is not None:
+                    held.chosen.add(target)
+                    pairs.append((held, target))
+        return pairs
+
+    def _hold(self, shown: Shown, origin: Origin) -> None:
+        if shown.slate in self.window or len(shown.candidates) < 2 or shown.features.shape[1] != F:
+            return
+        listed = len(shown.candidates) != len(shown.items) or not np.array_equal(shown.candidates, shown.items)
+        self.window[shown.slate] = Held(shown, listed, self.stream_time, origin)
+        while self.window:
+            oldest = next(iter(self.window.values()))
+            if len(self.window) <= WINDOW_SLATES and oldest.time >= self.stream_time - WINDOW_S:
+                break
+            self.window.popitem(last=False)
+
+    def _find(self, slates: list[int], target: int) -> Held | None:
+        for slate in slates:
+            held = self.window.get(slate) if slate else None
+            if held is not None and (held.shown.candidates == target).any():
+                return held
+        return None
+
+    def _rank(self, held: Held, target: int, out: Learned) -> None:
+        """One listwise step; without logged candidates, against what was viewed or stands down to one below the lowest choice."""
+        x = held.shown.features.astype(np.float64)
+        place = int(np.flatnonzero(held.shown.candidates == target)[0])
+        if not held.listed:
+            items = held.shown.items.tolist()
+            reach = 1 + max(i for i, item in enumerate(items) if item in held.chosen)
+            examined = [
+                i
+                for i, item in enumerate(items)
+                if item == target or (item not in held.chosen and (i <= reach or item in held.viewed))
+            ]
+            x, place = x[examined], examined.index(place)
+        out.ranker_loss += self.model.ranker.learn(x, place)
+        out.lists += 1
+
+    def _enter(self, entries: Entries, entering: I64, out: Learned) -> None:
+        targets = self.rows.add(entries.target[entering])
+        start, keys = _histories(entries.history_start, entries.history_item, entering)
+        history = np.full((len(entering), POSITIONS), -1, np.int64)
+        _place(start, self.rows.add(keys), history)
+        self.grow()
+        popularity = self.popularity
+        _count(
+            targets, entries.flags[entering], entries.time[entering], popularity.weights, popularity.cells,
+            popularity.totals, popularity.total_cells, popularity.last, self.model.mixture, float(self.rows.n),
+        )  # fmt: skip
+        loss, changed = self.encoder.step(targets, history, self.step_seed(entries))
+        self._touched[changed] = True
+        self.learnt += len(entering)
+        out.entered += len(entering)
+        out.encoder_loss += loss
+
+    def step_seed(self, entries: Entries) -> int:
+        """Return the negatives' seed of a micro-batch: a function of its first source position and the learner's seed."""
+        first = (int(entries.partition[0]) << 48) ^ (int(entries.offset[0]) << 8) ^ int(entries.index[0])
+        return int(mix64(np.uint64(mix64(np.uint64(self.seed)) ^ np.uint64(first & 0xFFFFFFFFFFFFFFFF))))
+
+    def pack_state(self, rows: I64) -> list[bytes]:
+        """Return these rows with optimiser state and counts, 368 B each; `Model.load_rows` reads them too."""
+        out = np.zeros(len(rows), STATE_ROW)
+        factors = self.model.factors
+        out["version"], out["form"] = 1, STATE_FORM
+        out["bias"], out["vector"] = factors.bias[rows], factors.vectors[rows]
+        out["square"], out["bias_square"] = self.encoder.squares[rows], self.encoder.bias_squares[rows]
+        out["weights"], out["cells"] = self.popularity.weights[rows], self.popularity.cells[rows]
+        return cut(out)
+
+    def load_state(self, keys: U64, blobs: list[bytes]) -> I64:
+        """Set rows of `keys` u64[k] from `pack_state` and return them; raises CodecError."""
+        values = read_rows(blobs, STATE_ROW, form=STATE_FORM)
+        rows = self.rows.add(keys)
+        self.grow()
+        factors = self.model.factors
+        factors.bias[rows], factors.vectors[rows] = values["bias"], values["vector"]
+        self.encoder.squares[rows], self.encoder.bias_squares[rows] = values["square"], values["bias_square"]
+        self.popularity.weights[rows], self.popularity.cells[rows] = values["weights"], values["cells"]
+        return rows
+
+    def dense_state(self) -> bytes:
+        """Return everything that is not per item: the model's dense weights, optimiser, totals, ring of recent targets."""
+        encoder = self.encoder
+        return pack_named(
+            {
+                **self.model.dense(),
+                "seed": self.seed, "learnt": self.learnt, "stream_time": float(self.stream_time),
+                "totals": self.popularity.pack_totals(), "known": self.rows.n,
+                "ring": self.rows.keys[encoder.ring[: encoder.pushed]], "pushed": encoder.pushed,
+                "start_square": encoder.start_square, "position_squares": encoder.position_squares,
+                "gradient": encoder.gradient, "moment": encoder.moment, "moment2": encoder.moment2,
+                "pending": encoder.pending, "adam_steps": encoder.adam_steps,
+            }
+        )  # fmt: skip
+
+    def load_dense(self, data: bytes) -> None:
+        """Read `dense_state`; the join window is refilled from `examples`, see `refill`."""
+        values: dict[str, Any] = unpack_named(data)
+        self.model.set_dense(values)
+        encoder = self.encoder
+        self.seed, self.learnt = int(values["seed"]), int(values["learnt"])
+        self.stream_time = float(values["stream_time"])
+        self.popularity.load_totals(values["totals"])
+        ring = self.rows.add(values["ring"])
+        self.grow()
+        encoder.ring[: len(ring)] = ring
+        encoder.pushed, encoder.pending = int(values["pushed"]), int(values["pending"])
+        encoder.adam_steps = int(values["adam_steps"])
+        for name in ("start_square", "position_squares", "gradient", "moment", "moment2"):
+            getattr(encoder, name)[...] = values[name]
+
+
+@njit(cache=True)
+def _histories(history_start, history_item, entering):  # type: ignore[no-untyped-def]
+    """Return (start i64[k + 1], the newest 20 items of the entering entries' histories)."""
+    k = len(entering)
+    start = np.zeros(k + 1, np.int64)
+    for i in range(k):
+        e = entering[i]
+        start[i + 1] = start[i] + min(history_start[e + 1] - history_start[e], 20)
+    keys = np.empty(start[k], np.uint64)
+    for i in range(k):
+        for j in range(start[i + 1] - start[i]):
+            keys[start[i] + j] = history_item[history_start[entering[i]] + j]
+    return start, keys
+
+
+@njit(cache=True)
+def _place(start, rows, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
+        for j in range(start[i + 1] - start[i]):
+            out[i, j] = rows[start[i] + j]
+
+
+@njit(cache=True)
+def _count(targets, flags, time, weights, cells, totals, total_cells, latest, mixture, known):  # type: ignore[no-untyped-def]
+    """Entry by entry: one EM step of the mixture on the popularities before it, then count it."""
+    cells_now, scale, p = np.empty(8, np.int32), np.empty(8), np.empty(8)
+    for i in range(len(targets)):
+        row = targets[i]
+        decayed = at_time(max(time[i], latest[0]), totals, total_cells, cells_now, scale)
+        if weights[row, 7] > 0.0:
+            popularities(weights[row], cells[row], cells_now, scale, decayed, known, p)
+            total = 0.0
+            for h in range(8):
+                total += mixture[h] * p[h]
+            for h in range(8):
+                mixture[h] += 0.002 * (mixture[h] * p[h] / total - mixture[h])
+        if flags[i] & 2:
+            add(weights[row], cells[row], time[i])
+            add(totals, total_cells, time[i])
+            latest[0] = max(latest[0], time[i])
+
+
+assert VOICE == 2

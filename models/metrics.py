@@ -1,0 +1,68 @@
+"""Full-catalogue ranks and what is made of them: hit rate, NDCG, MRR, bootstrap over users. Knows nothing about models.
+
+A target's rank is the number of items above it plus half of those that tie with it (0 = first, infinity = not retrieved):
+a model that scores everything alike gets the middle, not the top.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+def mid_rank(scores: F64 | NDArray[np.float32], place: int) -> float:
+    """Return the 0-based mid-rank of `place` among scores [m].
+
+    >>> mid_rank(np.array([1.0, 3.0, 1.0]), 0)
+    1.5
+    """
+    mine = scores[place]
+    return float((scores > mine).sum() + 0.5 * ((scores == mine).sum() - 1))
+
+
+def hit_rate(ranks: F64, k: int = 10) -> F64:
+    """Return 1 where the target is among the first k, else 0, for ranks f64[n]."""
+    return (ranks < k).astype(np.float64)
+
+
+def ndcg(ranks: F64, k: int = 10) -> F64:
+    """Return 1 / log2(rank + 2) within the first k, else 0, for ranks f64[n] (0-based)."""
+    return np.where(ranks < k, 1.0 / np.log2(np.minimum(ranks, k) + 2.0), 0.0)
+
+
+def mrr(ranks: F64, k: int = 10) -> F64:
+    """Return 1 / (rank + 1) within the first k, else 0, for ranks f64[n] (0-based)."""
+    return np.where(ranks < k, 1.0 / (np.minimum(ranks, k) + 1.0), 0.0)
+
+
+def summary(ranks: F64, k: int = 10) -> dict[str, float]:
+    """Return the means of all three over ranks f64[n]; zeros for none."""
+    if not len(ranks):
+        return {f"hit_rate@{k}": 0.0, f"ndcg@{k}": 0.0, f"mrr@{k}": 0.0}
+    return {
+        f"hit_rate@{k}": float(hit_rate(ranks, k).mean()),
+        f"ndcg@{k}": float(ndcg(ranks, k).mean()),
+        f"mrr@{k}": float(mrr(ranks, k).mean()),
+    }
+
+
+def user_bootstrap(
+    values: F64, users: I64, rng: np.random.Generator, *, draws: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the interval of the mean of values f64[n] when whole users i64[n] are drawn again with replacement.
+
+    Paired comparisons pass the differences of two systems on the same events. (nan, nan) for no values.
+    """
+    if not len(values):
+        return (float("nan"), float("nan"))
+    _, of = np.unique(users, return_inverse=True)
+    sums, counts = np.bincount(of, values), np.bincount(of).astype(np.float64)
+    means = np.empty(draws)
+    for i in range(draws):
+        picked = rng.integers(0, len(sums), len(sums))
+        means[i] = sums[picked].sum() / counts[picked].sum()
+    low, high = np.quantile(means, ((1.0 - level) / 2.0, (1.0 + level) / 2.0))
+    return float(low), float(high)

@@ -1,0 +1,91 @@
+"""Everything learnt that scoring needs, in one object: vectors and encoder, prior mixture, ranker, step number.
+
+Knows nothing about how it is trained, stored or delivered. Dense bytes are a versioned map of named arrays; rows are
+packed by `models.factors` for serving (form 1) and by `models.learner` with optimiser state (form 2): both load here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.decay import GRID
+from models.factors import DIM, Factors, pack_named, read_rows, unpack_named
+from models.ranker import FEATURES, Ranker
+from models.rows import Rows
+
+STATE_ROW: Final = np.dtype(
+    [
+        ("version", "u1"), ("form", "u1"), ("zero", "u2"), ("bias", "<f4"), ("square", "<f4"), ("bias_square", "<f4"),
+        ("vector", "<f4", (DIM,)), ("weights", "<f8", (GRID,)), ("cells", "<i4", (GRID,)),
+    ]
+)  # fmt: skip
+"""A row as the learner stores it, 368 B: version 1, form 2; vector, optimiser squares, decayed counts."""
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
+STATE_FORM: Final = 2
+
+
+class Model:
+    """Learnt weights aligned to shared rows.
+
+    factors: `Factors`; ranker: `Ranker`; mixture f64[8], the weights of the eight popularities in the prior; step: int.
+    """
+
+    def __init__(self, *, rows: Rows) -> None:
+        self.rows = rows
+        self.factors = Factors(rows=rows)
+        self.ranker = Ranker()
+        self.mixture: F64 = np.full(GRID, 1.0 / GRID)
+        self.step = 0
+
+    def dense(self) -> dict[str, Any]:
+        """Return everything that is not per item, by name."""
+        factors, ranker = self.factors, self.ranker
+        return {
+            "step": self.step, "features": list(FEATURES), "mixture": self.mixture,
+            "positions": factors.positions, "start": factors.start, "both": factors.both,
+            "ranker": ranker.weights, "ranker_squares": ranker.squares, "mean": ranker.mean,
+            "variance": ranker.variance, "lists": ranker.lists,
+        }  # fmt: skip
+
+    def set_dense(self, values: dict[str, Any]) -> None:
+        """Copy named values into the weights; ranker weights go by feature name, unknown features keep their birth value."""
+        factors, ranker = self.factors, self.ranker
+        self.step = int(values["step"])
+        self.mixture[:] = values["mixture"]
+        for name in ("positions", "start", "both"):
+            getattr(factors, name)[...] = values[name]
+        stored = {name: i for i, name in enumerate(values["features"])}
+        for place, name in enumerate(FEATURES):
+            if name in stored:
+                at = stored[name]
+                ranker.weights[place], ranker.squares[place] = values["ranker"][at], values["ranker_squares"][at]
+                ranker.mean[place], ranker.variance[place] = values["mean"][at], values["variance"][at]
+        ranker.lists[:] = values["lists"]
+
+    def dense_bytes(self) -> bytes:
+        """Pack everything that is not per item."""
+        return pack_named(self.dense())
+
+    def load_dense(self, data: bytes) -> None:
+        """Read `dense_bytes`, or a learner's dense state, of which this is a part; raises CodecError."""
+        self.set_dense(unpack_named(data))
+
+    def pack_rows(self, rows: I64) -> list[bytes]:
+        """Return what scoring needs of these rows, 136 B each."""
+        return self.factors.pack_rows(rows)
+
+    def load_rows(self, keys: U64, blobs: list[bytes]) -> I64:
+        """Set rows of `keys` u64[k] from either row form and return them; raises CodecError."""
+        if not blobs or blobs[0][1:2] != bytes([STATE_FORM]):
+            return self.factors.load_rows(keys, blobs)
+        values = read_rows(blobs, STATE_ROW, form=STATE_FORM)
+        rows = self.rows.add(keys)
+        self.factors.grow()
+        self.factors.bias[rows], self.factors.vectors[rows] = values["bias"], values["vector"]
+        return rows

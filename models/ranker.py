@@ -1,0 +1,244 @@
+"""Named features of (user, item, now) and the online linear ranker over them. Knows nothing about where candidates come from.
+
+    score(y) = sum_f w_f clip((x_f(y) - mean_f) / sd_f, -5, 5)
+
+Listwise softmax over a slate's logged candidates, Adagrad .05; running mean and variance at rate max(1/n, 5e-4).
+A feature of an item does not depend on the other candidates. "Lift" is the log of a smoothed conditional probability
+over the prior: log((c / prior + 5) / (sum + 5)).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from models.decay import NAMES, popularities
+
+FEATURES: Final = (
+    *(f"log_popularity_{name}" for name in NAMES),
+    "log_prior",
+    "log_count",
+    "lift_a0",
+    "lift_a1",
+    "lift_b0",
+    "lift_b1",
+    "lift_b2",
+    "lift_b",
+    "encoder",
+    "similarity_0",
+    "similarity_1",
+    "log_transition",
+    "log_age",
+    "log_idle",
+    "own_count",
+    "own_recency",
+    "log_history",
+    "log_gap",
+    "lift_a0_in_session",
+    "own_count_in_session",
+    "log_transition_in_session",
+    "log_prior_by_history",
+)
+F: Final = len(FEATURES)
+LOG_PRIOR: Final = FEATURES.index("log_prior")
+LOG_TRANSITION: Final = FEATURES.index("log_transition")
+RATE: Final = 0.05
+CLIP: Final = 5.0
+SLOWEST: Final = 5e-4
+SESSION_S: Final = 3600.0
+
+F16 = NDArray[np.float16]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+@njit(cache=True)
+def dot(a, b):  # type: ignore[no-untyped-def]
+    """Return the dot product of two f32[64], always summed in the same order."""
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0.0)
+    for j in range(0, len(a), 8):
+        s0 += a[j] * b[j]
+        s1 += a[j + 1] * b[j + 1]
+        s2 += a[j + 2] * b[j + 2]
+        s3 += a[j + 3] * b[j + 3]
+        s4 += a[j + 4] * b[j + 4]
+        s5 += a[j + 5] * b[j + 5]
+        s6 += a[j + 6] * b[j + 6]
+        s7 += a[j + 7] * b[j + 7]
+    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+
+
+@njit(cache=True)
+def _spread(place, items, weights, row, column, factor, out):  # type: ignore[no-untyped-def]
+    """Add factor x the weights of one neighbour list to a column, for the candidates that are in it."""
+    for k in range(items.shape[1]):
+        item = items[row, k]
+        if item < 0:
+            break
+        if place[item] >= 0:
+            out[place[item], column] += factor * weights[row, k]
+
+
+@njit(cache=True)
+def _lift(count, total, prior):  # type: ignore[no-untyped-def]
+    return math.log((count / prior + 5.0) / (total + 5.0))
+
+
+@njit(cache=True)
+def features(rows, place, history, times, now, items, born, cells_now, scale, totals, known, mixture, vectors, bias, q, out):  # type: ignore[no-untyped-def]  # noqa: E501
+    """Fill out f64[m, F] with the features of candidate rows i64[m].
+
+    `place` i32[capacity] is -1 everywhere and is left so; history i64[h] rows newest first (-1 unknown), times f64[h] (s).
+    """
+    m, h = len(rows), len(history)
+    h0 = history[0] if h > 0 else np.int64(-1)
+    h1 = history[1] if h > 1 else np.int64(-1)
+    gap = max(now - times[0], 0.0) if h > 0 else 1e9
+    session = 1.0 if gap < 3600.0 else 0.0
+    for i in range(m):
+        place[rows[i]] = i
+        for f in range(out.shape[1]):
+            out[i, f] = 0.0
+    for p in range(min(h, 5)):
+        if history[p] >= 0:
+            if p < 2:
+                _spread(place, items.a_items, items.a_weights, history[p], 10 + p, 1.0, out)
+            if p < 3:
+                _spread(place, items.b_items, items.b_weights, history[p], 12 + p, 1.0, out)
+            _spread(place, items.b_items, items.b_weights, history[p], 15, 0.8**p, out)
+    own_latest = np.full(m, -np.inf)
+    for p in range(h):
+        if history[p] >= 0 and place[history[p]] >= 0:
+            i = place[history[p]]
+            out[i, 22] += 1.0
+            own_latest[i] = max(own_latest[i], times[p])
+    b_total = 0.0
+    for p in range(min(h, 5)):
+        if history[p] >= 0:
+            b_total += 0.8**p * items.b_sums[history[p]]
+    a0_total = items.a_sums[h0] if h0 >= 0 else 0.0
+    log_history = math.log1p(np.float64(h))
+    log_gap = math.log1p(gap)
+    grid = np.empty(8)
+    for i in range(m):
+        row = rows[i]
+        place[row] = -1
+        popularities(items.weights[row], items.cells[row], cells_now, scale, totals, known, grid)
+        prior = 0.0
+        for g in range(8):
+            prior += mixture[g] * grid[g]
+            out[i, g] = math.log(grid[g])
+        out[i, 8] = math.log(prior)
+        out[i, 9] = math.log1p(items.weights[row, 7])
+        transition = out[i, 10] / (a0_total + 5.0) + 0.3 * out[i, 15] / (b_total + 5.0) + 0.2 * prior
+        if h0 >= 0:
+            out[i, 10] = _lift(out[i, 10], a0_total, prior)
+            out[i, 17] = dot(vectors[h0], vectors[row])
+        if h1 >= 0:
+            out[i, 11] = _lift(out[i, 11], items.a_sums[h1], prior)
+            out[i, 18] = dot(vectors[h1], vectors[row])
+        for p in range(min(h, 3)):
+            if history[p] >= 0:
+                out[i, 12 + p] = _lift(out[i, 12 + p], items.b_sums[history[p]], prior)
+        if h > 0:
+            out[i, 15] = _lift(out[i, 15], b_total, prior)
+        out[i, 16] = dot(q, vectors[row]) + bias[row]
+        out[i, 19] = math.log(transition + 1e-6) + 7.0
+        since = items.first[row]
+        if since > now:
+            since = born[row] if born[row] > 0.0 else now
+        out[i, 20] = math.log1p(max(now - since, 0.0))
+        out[i, 21] = math.log1p(min(max(now - items.last[row], 0.0), 1e9))
+        out[i, 22] = math.log1p(out[i, 22])
+        if own_latest[i] > -np.inf:
+            out[i, 23] = math.log1p(2592000.0 / (max(now - own_latest[i], 0.0) + 60.0))
+        out[i, 24], out[i, 25] = log_history, log_gap
+        out[i, 26] = session * out[i, 10]
+        out[i, 27] = session * out[i, 22]
+        out[i, 28] = session * out[i, 19]
+        out[i, 29] = out[i, 8] / (1.0 + h)
+
+
+@njit(cache=True)
+def _score(x, weights, mean, variance, out):  # type: ignore[no-untyped-def]
+    width = x.shape[1]
+    inverse = np.empty(width)
+    for f in range(width):
+        inverse[f] = 1.0 / math.sqrt(variance[f] + 1e-6)
+    for i in range(len(x)):
+        s = 0.0
+        for f in range(width):
+            s += weights[f] * min(max((x[i, f] - mean[f]) * inverse[f], -5.0), 5.0)
+        out[i] = s
+
+
+@njit(cache=True)
+def _learn(x, label, weights, squares, mean, variance, lists, gradient):  # type: ignore[no-untyped-def]
+    """One listwise step with the target at `label`; returns its loss. The statistics see the list before the step."""
+    m, width = x.shape
+    lists[0] += 1.0
+    rate = max(1.0 / lists[0], 5e-4)
+    for f in range(width):
+        s = 0.0
+        for i in range(m):
+            s += x[i, f]
+        step = rate * (s / m - mean[f])
+        mean[f] += step
+        v = 0.0
+        for i in range(m):
+            v += (x[i, f] - mean[f]) ** 2
+        variance[f] += rate * (v / m - variance[f])
+    scores = np.empty(m)
+    _score(x, weights, mean, variance, scores)
+    top = scores[0]
+    for i in range(m):
+        top = max(top, scores[i])
+    total = 0.0
+    for i in range(m):
+        total += math.exp(scores[i] - top)
+    loss = math.log(total) + top - scores[label]
+    for f in range(width):
+        gradient[f] = 0.0
+    inverse = np.empty(width)
+    for f in range(width):
+        inverse[f] = 1.0 / math.sqrt(variance[f] + 1e-6)
+    for i in range(m):
+        p = math.exp(scores[i] - top) / total - (1.0 if i == label else 0.0)
+        for f in range(width):
+            gradient[f] += p * min(max((x[i, f] - mean[f]) * inverse[f], -5.0), 5.0)
+    for f in range(width):
+        squares[f] += gradient[f] * gradient[f]
+        weights[f] -= 0.05 * gradient[f] / math.sqrt(squares[f])
+    return loss
+
+
+class Ranker:
+    """The linear ranker: weights, squares (Adagrad), mean, variance f64[F], and the number of lists seen f64[1]."""
+
+    def __init__(self) -> None:
+        self.weights: F64 = np.zeros(F)
+        self.weights[[LOG_PRIOR, LOG_TRANSITION]] = 0.5
+        self.squares: F64 = np.full(F, 1e-2)
+        self.mean: F64 = np.zeros(F)
+        self.variance: F64 = np.ones(F)
+        self.lists: F64 = np.zeros(1)
+        self._gradient: F64 = np.empty(F)
+
+    def score(self, x: F64) -> F64:
+        """Return the scores f64[m] of features f64[m, F]; each row's score depends on that row alone."""
+        out = np.empty(len(x))
+        _score(x, self.weights, self.mean, self.variance, out)
+        return out
+
+    def learn(self, x: F64, label: int) -> float:
+        """Take one listwise step on features f64[m, F] with the chosen item at row `label`; returns the loss before it."""
+        if len(x) < 2 or not np.isfinite(x).all():
+            return 0.0
+        return float(
+            _learn(x, label, self.weights, self.squares, self.mean, self.variance, self.lists, self._gradient)
+        )

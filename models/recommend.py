@@ -1,0 +1,260 @@
+"""Retrieve -> rank -> draw -> explain, written once: what serving answers and what replay measures.
+
+One synchronous call on arrays, no I/O, no clock (`now` is given; `clock` only times the stages of a trace). Randomness is
+Philox of the slate id. Knows nothing about HTTP, Redis or how the arrays came to be.
+
+Slots are drawn one after another from the candidates that remain: with probability epsilon uniformly, else the best, so
+the best remaining item has propensity 1 - epsilon + epsilon / R, every other one epsilon / R, with R left to draw from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.decay import NAMES, blend, scan
+from models.examples import Shown, item_hash
+from models.factors import mix64
+from models.items import Items
+from models.model import Model
+from models.ranker import FEATURES as FEATURES
+from models.ranker import F, features
+from models.retrieval import (
+    CHANNELS, FRESH, POPULAR, POPULAR_NOW, QUOTAS, RECENT, TRANSITION, VECTOR, blends, gather, top,
+)  # fmt: skip
+from models.rows import mark_low
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+F16 = NDArray[np.float16]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+NONE: Final[U64] = np.empty(0, np.uint64)
+HISTORY_LIMIT: Final = 50
+
+
+@dataclass(slots=True)
+class History:
+    """What is known of a user when scoring: items u64[h], times f64[h] (s), kinds u8[h], newest first; seen u32[s]."""
+
+    items: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
+    times: F64 = field(default_factory=lambda: np.empty(0))
+    kinds: U8 = field(default_factory=lambda: np.empty(0, np.uint8))
+    seen: U32 = field(default_factory=lambda: np.empty(0, np.uint32))
+
+
+@dataclass(slots=True)
+class Request:
+    """One question: n items at time `now` (s) for the slate named slate_id."""
+
+    slate_id: str
+    now: float
+    n: int = 10
+    surface: str = "home"
+    policy: Literal["epsilon", "greedy"] = "epsilon"
+    epsilon: float = 0.05
+    exclude: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
+    seen: Literal["exclude", "include"] = "exclude"
+    categories: frozenset[str] = frozenset()
+    keep_candidates: bool = False
+    trace: bool = False
+
+
+@dataclass(slots=True)
+class Slate:
+    """The answer: k drawn items, and the m candidates they were drawn from.
+
+    rows i64[k], items u64[k], scores f32[k], channels u8[k] (places in CHANNELS), propensities f32[k], reasons str[k];
+    candidates u64[m] and candidate_scores f32[m]; features f16[m, F] where kept, else [k, F] of the shown items.
+    """
+
+    request: Request
+    step: int
+    rows: I64
+    items: U64
+    scores: F32
+    channels: U8
+    propensities: F32
+    reasons: list[str]
+    candidates: U64
+    candidate_scores: F32
+    candidate_channels: U8
+    features: F16
+    trace: dict[str, Any] = field(default_factory=dict)
+
+    def impression(self) -> Shown:
+        """Return the impression of this slate: features of all candidates where kept, else of the shown items only."""
+        request = self.request
+        candidates = self.candidates if request.keep_candidates else self.items
+        return Shown(
+            item_hash(request.slate_id), self.step, self.items, self.propensities, self.channels, candidates,
+            self.features, request.surface, request.policy,
+        )  # fmt: skip
+
+
+def samples(slate_id: str, share: float) -> bool:
+    """Return whether this slate belongs to the hash-sampled share whose candidates are kept."""
+    return share >= 1.0 or float(mix64(np.uint64(item_hash(slate_id)))) < share * 2.0**64
+
+
+def recommend(
+    items: Items, model: Model, history: History, request: Request, *, clock: Callable[[], float] | None = None
+) -> Slate:
+    """Answer a request from the arrays; scoring changes nothing. An empty catalogue gives an empty slate."""
+    marks = [clock()] if clock else []
+    items.grow()
+    model.factors.grow()
+    n = items.n
+    frame = items.popularity.at(request.now)
+    own = items.rows.find(history.items[:HISTORY_LIMIT])
+    own_times = history.times[:HISTORY_LIMIT]
+    blocked = _blocked(items, history, request)
+    q = model.factors.encode(own)
+    place = np.full(n, -1, np.int32)
+    arrays = items.arrays()
+    channel_blends = blends(model.mixture, frame[1], frame[2], max(float(n), 1.0))
+    rows, channels, found = gather(
+        n, arrays, blocked, frame[0], channel_blends, own, model.factors.vectors, model.factors.bias, q, QUOTAS, place
+    )
+    marks += [clock()] if clock else []
+    x = np.empty((len(rows), F))
+    features(
+        rows, place, own, own_times, request.now, arrays, items.born, frame[0], frame[1], frame[2], float(n),
+        model.mixture, model.factors.vectors, model.factors.bias, q, x,
+    )  # fmt: skip
+    scores = model.ranker.score(x)
+    marks += [clock()] if clock else []
+    drawn, propensities = draw(scores, request)
+    marks += [clock()] if clock else []
+    slate = Slate(
+        request=request, step=model.step, rows=rows[drawn], items=items.rows.keys[rows[drawn]],
+        scores=scores[drawn].astype(np.float32), channels=channels[drawn], propensities=propensities,
+        reasons=_reasons(items, channels[drawn].tolist(), own), candidates=items.rows.keys[rows],
+        candidate_scores=scores.astype(np.float32), candidate_channels=channels,
+        features=(x if request.keep_candidates else x[drawn]).astype(np.float16),
+    )  # fmt: skip
+    if request.trace:
+        slate.trace = _trace(items, rows, channels, found, scores, marks)
+    return slate
+
+
+def _blocked(items: Items, history: History, request: Request) -> U8:
+    blocked = items.hidden[: items.n].copy()
+    table, keys = items.rows.table, items.rows.keys
+    if request.seen == "exclude" and len(history.seen):
+        mark_low(table, keys, history.seen, blocked, 1)
+    if len(request.exclude):
+        gone = items.rows.find(request.exclude)
+        blocked[gone[gone >= 0]] = 1
+    if request.categories:
+        outside = np.ones(items.n, np.uint8)
+        for name in request.categories:
+            outside[list(items.by_category.get(name, ()))] = 0
+        blocked |= outside
+    return blocked
+
+
+def draw(scores: F64, request: Request) -> tuple[I64, F32]:
+    """Draw up to n of the candidates, slot by slot; returns (places i64[k], exact propensities f32[k])."""
+    order = np.argsort(-scores, kind="stable")
+    k = min(request.n, len(order))
+    epsilon = request.epsilon if request.policy == "epsilon" else 0.0
+    if epsilon <= 0.0:
+        return order[:k], np.ones(k, np.float32)
+    rng = np.random.Generator(np.random.Philox(item_hash(request.slate_id)))
+    left: list[int] = order.tolist()
+    drawn, propensities = [], []
+    for explore, place in rng.random((k, 2)).tolist():
+        at = int(place * len(left)) if explore < epsilon else 0
+        propensities.append((1.0 - epsilon if at == 0 else 0.0) + epsilon / len(left))
+        drawn.append(left.pop(at))
+    return np.array(drawn, np.int64), np.array(propensities, np.float32)
+
+
+def _reasons(items: Items, channels: list[int], own: I64) -> list[str]:
+    newest = int(own[0]) if len(own) else -1
+    title = items.title(newest) if newest >= 0 else ""
+    texts = {
+        POPULAR_NOW: "Popular right now", POPULAR: "Popular", RECENT: "You have been here before", FRESH: "New here",
+        TRANSITION: f"Often chosen after {title}", VECTOR: "Close to what you chose lately" if title else "Popular",
+    }  # fmt: skip
+    return [texts.get(channel, "Popular today") for channel in channels]
+
+
+def _trace(items: Items, rows: I64, channels: U8, found: I64, scores: F64, marks: list[float]) -> dict[str, Any]:
+    best = np.argsort(-scores, kind="stable")
+    per_channel = {
+        name: {
+            "found": int(found[c]),
+            "candidates": [items.ids[rows[i]] for i in best if channels[i] == c],
+        }
+        for c, name in enumerate(CHANNELS)
+    }
+    names = ("retrieve_ms", "rank_ms", "draw_ms")
+    stages = {name: 1e3 * (b - a) for name, a, b in zip(names, marks[:-1], marks[1:], strict=False)}
+    top_scores = [
+        {"id": items.ids[rows[i]], "channel": CHANNELS[channels[i]], "score": float(scores[i])} for i in best[:50]
+    ]
+    return {"channels": per_channel, "scores": top_scores, "stages": stages}
+
+
+def similar(items: Items, model: Model, key: int, n: int) -> list[tuple[int, float]]:
+    """Return the n (row, score) most likely to follow or resemble the item with this hash; empty for an unknown one.
+
+    score(y) = log((.5 A + .5 B share of y) + 1e-3) + cosine(E, E_y): neighbours first, vectors where there are none.
+    """
+    items.grow()
+    model.factors.grow()
+    row = int(items.rows.find(np.array([key], np.uint64))[0])
+    if row < 0:
+        return []
+    vectors = model.factors.vectors[: items.n]
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors)) + 1e-6
+    share = np.zeros(items.n)
+    for lists, weights, sums in (
+        (items.a_items, items.a_weights, items.a_sums), (items.b_items, items.b_weights, items.b_sums),
+    ):  # fmt: skip
+        known = lists[row] >= 0
+        np.add.at(share, lists[row][known], 0.5 * weights[row][known] / (sums[row] + 5.0))
+    scores = (np.log(share + 1e-3) + (vectors @ vectors[row]) / (norms * norms[row])).astype(np.float32)
+    blocked = items.hidden[: items.n].copy()
+    blocked[row] = 1
+    best = top(scores, items.n, blocked, max(1, min(n, items.n)))
+    return [(int(r), float(scores[r])) for r in best]
+
+
+def popular(
+    items: Items, model: Model, n: int, exclude: U64, now: float, half_life: str = "prior"
+) -> list[tuple[int, float]]:
+    """Return the n (row, probability) most popular items at `now`, by one half-life's name or the learnt prior mixture."""
+    items.grow()
+    if not items.n:
+        return []
+    mixture = model.mixture
+    if half_life != "prior":
+        if half_life not in NAMES:
+            raise ValueError(f"half_life: expected one of prior, {', '.join(NAMES)}; got {half_life!r}")
+        mixture = np.eye(len(NAMES))[NAMES.index(half_life)]
+    cells_now, scale, totals, _ = items.popularity.at(now)
+    coefficients = np.empty(9)
+    blend(mixture, scale, totals, float(items.n), coefficients)
+    scores = _popularity(items, cells_now, coefficients)
+    blocked = items.hidden[: items.n].copy()
+    gone = items.rows.find(exclude)
+    blocked[gone[gone >= 0]] = 1
+    best = top(scores, items.n, blocked, max(1, min(n, items.n)))
+    return [(int(r), float(scores[r])) for r in best]
+
+
+def _popularity(items: Items, cells_now: NDArray[np.int32], coefficients: F64) -> F32:
+    out = np.empty((1, items.n), np.float32)
+    scan(items.n, items.popularity.weights, items.popularity.cells, cells_now, coefficients[None], out)
+    return out[0]
+
