@@ -3,8 +3,12 @@
 Files, the lowest first:
 
     settings    one frozen table of settings
-    telemetry   every Prometheus series, named in one place
+    telemetry   every Prometheus series, named in one place; logging
+    process     one child process, ended by its id; free ports, folder locks
     kafka       a real Apache Kafka broker without Docker, Java or Maven on the machine
-    stack       Redis, the supervisor, `freshet up`
+    store       a real Redis server
+    stack       the supervisor of a local stack, as a library
+    status      what `freshet status` tells
+    bench       what `freshet bench` measures
     cli         the console command: imports everything else, lazily
 """

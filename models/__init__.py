@@ -3,16 +3,17 @@
 Files in the order in which one event travels through them:
 
     examples      the entries that an event becomes: codec of the `examples` records, item hashes, kinds
+    profile       the user: recent sequence, counters, dedupe window, recent slates (packed, folded in place)
     decay         one exponential and the fixed grid of half-lives
     rows          item hash -> row number, private to each process
-    profile       the user: recent sequence, counters, dedupe window, recent slates (packed, folded in place)
-    items         the items: decayed popularity, neighbours, exposure, catalogue (arrays)
     transitions   what follows what: the neighbour lists
-    factors       item vectors and the user encoder
+    items         the items: decayed popularity, neighbours, exposure, catalogue (arrays)
+    factors       item vectors, biases, and what they say of a sequence
+    encoder       the step that trains them (torch, lazily)
+    ranker        named features and the linear ranker
     model         everything learnt that scoring needs, in one object
     learner       the fold over `examples` that moves the model
     retrieval     candidates of each channel
-    ranker        named features, linear ranker
     recommend     retrieve -> rank -> draw -> explain, written once for serving and replay
     metrics       full-catalogue ranks, hit rate, NDCG, MRR
 """

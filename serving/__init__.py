@@ -1,7 +1,17 @@
 """The thin read path: HTTP in, slates out; knows nothing of agents and folds, and writes no state.
 
-    app        builds the application and owns its resources
-    api        the routes
-    snapshot   item and model arrays of this process, kept live by the feeds
-    live       the page at / and its event stream
+Files, from the door inwards:
+
+    app          builds the application and owns its resources
+    api          the routes
+    doors        what a route is, and its OpenAPI description
+    guard        limits and the admin key, before any route
+    messages     what comes in and goes out, and how it is refused
+    ingest       events and catalogue entries -> the log
+    lookup       a slate, similar, popular
+    introspect   health, metrics, settings, state: the system explains itself
+    parts        what the routes work with
+    snapshot     item and model arrays of this process, kept live by the feeds
+    slates       served slates on their way to the log
+    live         the page at / and its event stream
 """
