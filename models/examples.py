@@ -2,8 +2,8 @@
 
 Knows nothing about Kafka, Redis or users: an entry carries no user id, only the position of its source event.
 
-Record layout, version 1, little endian; `n` entries, `S` history slots in all, `r` ranges. Columns follow each other without padding,
-8-byte ones first, so that every column starts aligned to its own size:
+Record layout, version 1, little endian; `n` entries, `S` history slots in all, `r` ranges. Columns follow each
+other without padding, 8-byte ones first, so that every column starts aligned to its own size:
 
     header   magic u8=0xE1, version u8=1, r u16, n u32, S u32, blob length u32                       16 B
     ranges   partition i64, first i64, next i64                                                      24 r
@@ -21,7 +21,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Final
+from itertools import chain
+from typing import Any, Final
 
 import numpy as np
 import xxhash
@@ -38,6 +39,7 @@ HISTORY: Final = 20
 MAX_RECORD_BYTES: Final = 256 * 1024
 
 _MAGIC, _VERSION = 0xE1, 1
+_OVERHEAD = 40  # header and one range
 _HEADER = struct.Struct("<BBHIII")
 _SHOWN_MAGIC, _SHOWN_VERSION = 0xE5, 1
 _SHOWN_HEADER = struct.Struct("<BBHHHQqBB")
@@ -58,7 +60,7 @@ class HoleError(RuntimeError):
 
 
 def item_hash(text: str) -> int:
-    """Return the 64-bit name (xxh3) under which an item or slate id is known outside strings; never 0, which means none."""
+    """Return the 64-bit name (xxh3) of an item or slate id; never 0, which means none."""
     return xxhash.xxh3_64_intdigest(text.encode()) or 1
 
 
@@ -66,7 +68,7 @@ def item_hash(text: str) -> int:
 class Shown:
     """What an impression says of its slate: shown items with propensities, and the features of its logged candidates.
 
-    items u64[k], propensities f32[k], channels u8[k]; candidates u64[m], features f16[m, F], m = 0 where they were not kept.
+    items u64[k], propensities f32[k], channels u8[k]; candidates u64[m], features f16[m, F], m = 0 where not kept.
     """
 
     slate: int
@@ -104,7 +106,9 @@ class Shown:
     def from_bytes(cls, data: bytes) -> Shown:
         """Read `to_bytes`; raises CodecError on anything else."""
         if len(data) < _SHOWN_HEADER.size or data[0] != _SHOWN_MAGIC or data[1] != _SHOWN_VERSION:
-            raise CodecError(f"impression payload: expected version {_SHOWN_VERSION}, got {data[:2].hex() or 'nothing'}")
+            raise CodecError(
+                f"impression payload: expected version {_SHOWN_VERSION}, got {data[:2].hex() or 'nothing'}"
+            )
         _, _, k, m, width, slate, step, surface_length, policy_length = _SHOWN_HEADER.unpack_from(data)
         expected = _SHOWN_HEADER.size + 13 * k + 8 * m + 2 * m * width + surface_length + policy_length
         if len(data) != expected:
@@ -158,6 +162,15 @@ class Entries:
     def __len__(self) -> int:
         return len(self.offset)
 
+    def sizes(self) -> I64:
+        """Return the bytes that each entry adds to a record, i64[n]."""
+        blobs = (len(a.encode()) + len(b) for a, b in zip(self.ids, self.extra, strict=True))
+        return 87 + 17 * np.diff(self.history_start) + np.fromiter(blobs, np.int64, len(self))
+
+    def size(self) -> int:
+        """Return the bytes of this as one record."""
+        return _HEADER.size + 24 * len(self.ranges) + int(self.sizes().sum())
+
     def to_bytes(self) -> bytes:
         """Pack as one record; the bytes depend on the entries and ranges alone."""
         ids = [text.encode() for text in self.ids]
@@ -199,9 +212,9 @@ class Entries:
             raise CodecError(f"examples record: expected {fixed + blob_length} bytes, got {len(data)}")
         at = _HEADER.size
 
-        def column(kind: str, count: int) -> NDArray[np.generic]:
+        def column(kind: str, count: int) -> NDArray[Any]:
             nonlocal at
-            values = np.frombuffer(data, kind, count, at)
+            values: NDArray[Any] = np.frombuffer(data, kind, count, at)
             at += values.nbytes
             return values
 
@@ -283,7 +296,7 @@ def concatenate(parts: Iterable[Entries]) -> Entries:
         if name in ("ranges", "history_start"):
             continue
         values = [getattr(part, name) for part in parts]
-        columns[name] = sum(values, []) if isinstance(values[0], list) else np.concatenate(values)
+        columns[name] = list(chain(*values)) if isinstance(values[0], list) else np.concatenate(values)
     lengths = np.concatenate([np.diff(part.history_start) for part in parts])
     start = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=start[1:])
@@ -312,15 +325,12 @@ def split(entries: Entries, limit: int = MAX_RECORD_BYTES) -> list[Entries]:
 
     The entries of one event stay together; an event over the limit becomes a record of its own.
     """
-    lengths = np.diff(entries.history_start)
-    blobs = np.fromiter((len(a.encode()) + len(b) for a, b in zip(entries.ids, entries.extra, strict=True)), np.int64)
-    sizes = 87 + 17 * lengths + blobs
-    if int(sizes.sum()) + 64 <= limit or len(entries) <= 1:
+    if len(entries) <= 1 or entries.size() <= limit:
         return [entries]
     ((partition, first, following),) = entries.ranges
     parts, start, size = [], 0, 0
-    for i, added in enumerate(sizes.tolist()):
-        if i > start and size + added + 64 > limit and entries.offset[i] != entries.offset[i - 1]:
+    for i, added in enumerate(entries.sizes().tolist()):
+        if i > start and size + added + _OVERHEAD > limit and entries.offset[i] != entries.offset[i - 1]:
             cut = int(entries.offset[i])
             parts.append(entries.slice(start, i, [(partition, first, cut)]))
             first, start, size = cut, i, 0

@@ -19,13 +19,14 @@ The seen list is a value of its own: at most 4,096 low 32-bit item hashes, oldes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from models.examples import ACTION, CLICK, DWELL, ENTERS, HISTORY, IMPRESSION, RATING, SHOWN, SLATES, VIEW, VOICE
+from models.examples import ACTION, CLICK, DWELL, ENTERS, HISTORY, IMPRESSION, SHOWN, SLATES, VIEW, VOICE
 from models.examples import CodecError as CodecError
 
 VERSION: Final = 1
@@ -55,7 +56,7 @@ F64 = NDArray[np.float64]
 class ProfileView:
     """A profile as a reader wants it: the sequence and slates newest first.
 
-    items u64[n], times f64[n] (s), kinds u8[n], weights f32[n]; seen u32[k]; slates as (hash, record time, shown u32[...]).
+    items u64[n], times f64[n] (s), kinds u8[n], weights f32[n]; seen u32[k]; slates (hash, record time, shown u32[]).
     """
 
     items: U64
@@ -114,7 +115,8 @@ class Profiles:
         if bad >= 0:
             head = packed[bad] or b""
             raise CodecError(
-                f"profile: expected version {VERSION} with lengths that add up, got {len(head)} bytes starting {head[:8].hex()}"
+                f"profile: expected version {VERSION} with lengths that add up,"
+                f" got {len(head)} bytes starting {head[:8].hex()}"
             )
 
     def _columns(self) -> tuple[I64, I64, I64, U8]:
@@ -138,7 +140,7 @@ class Profiles:
         buffer = np.zeros(int(start[-1]), np.uint8)
         _pack(buffer, start, rows, *self._columns(), *self._byte_views())
         data, cuts = buffer.tobytes(), start.tolist()
-        return [data[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [data[a:b] for a, b in pairwise(cuts)]
 
     def pack_seen(self, rows: I64) -> list[bytes]:
         """Return the packed seen lists of these users."""
@@ -232,7 +234,7 @@ def _shown_counts(s: I64, slate_size: U8, rows: I64) -> I64:
 
 
 @njit(cache=True)
-def _unpack(buffer, start, n, d, s, slate_size, counters, times, item, time, weight, kind, event, event_time, slate, slate_time, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501
+def _unpack(buffer, start, n, d, s, slate_size, counters, times, item, time, weight, kind, event, event_time, slate, slate_time, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Read packed profiles into rows; all columns are byte views. Returns the first bad row, or -1."""
     for u in range(len(n)):
         at, end = start[u], start[u + 1]
@@ -268,7 +270,7 @@ def _unpack(buffer, start, n, d, s, slate_size, counters, times, item, time, wei
 
 
 @njit(cache=True)
-def _pack(buffer, start, rows, n, d, s, slate_size, counters, times, item, time, weight, kind, event, event_time, slate, slate_time, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501
+def _pack(buffer, start, rows, n, d, s, slate_size, counters, times, item, time, weight, kind, event, event_time, slate, slate_time, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Write rows as packed profiles, the inverse of _unpack."""
     for i in range(len(rows)):
         u, at = rows[i], start[i]
@@ -293,14 +295,14 @@ def _pack(buffer, start, rows, n, d, s, slate_size, counters, times, item, time,
 
 
 @njit(cache=True)
-def _drop_first(row, n):  # type: ignore[no-untyped-def]
+def _drop_first(row, n):  # type: ignore[no-untyped-def]  # fmt: skip
     for j in range(n - 1):
         row[j] = row[j + 1]
 
 
 @njit(cache=True)
-def _remember_event(u, event, record_s, d, events, event_time):  # type: ignore[no-untyped-def]
-    """Enter an event id in the dedupe window; 0 = entered, 1 = known already, 2 = entered, and the oldest left early."""
+def _remember_event(u, event, record_s, d, events, event_time):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Enter an event id in the dedupe window; 0 = entered, 1 = known, 2 = entered and the oldest left early."""
     expired = 0
     while expired < d[u] and event_time[u, expired] + 86400 < record_s:
         expired += 1
@@ -324,7 +326,7 @@ def _remember_event(u, event, record_s, d, events, event_time):  # type: ignore[
 
 
 @njit(cache=True)
-def _remember_slate(u, slate, record_s, shown, s, slates, slate_time, slate_size, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501
+def _remember_slate(u, slate, record_s, shown, s, slates, slate_time, slate_size, slate_items):  # type: ignore[no-untyped-def]  # fmt: skip
     """Enter a slate as the newest; the oldest leaves when there are four."""
     if s[u] == 4:
         for j in range(3):
@@ -342,16 +344,16 @@ def _remember_slate(u, slate, record_s, shown, s, slates, slate_time, slate_size
 
 
 @njit(cache=True)
-def _shows(u, j, low, slate_size, slate_items):  # type: ignore[no-untyped-def]
-    for q in range(slate_size[u, j]):
+def _shows(u, j, low, slate_size, slate_items):  # type: ignore[no-untyped-def]  # fmt: skip
+    for q in range(slate_size[u, j]):  # noqa: SIM110 - numba has no any()
         if slate_items[u, j, q] == low:
             return True
     return False
 
 
 @njit(cache=True)
-def _join(u, explicit, low, record_s, s, slates, slate_time, slate_size, slate_items, out):  # type: ignore[no-untyped-def]  # noqa: E501
-    """List the slates this outcome may belong to: the named or the newest showing one first. True if the first showed it."""
+def _join(u, explicit, low, record_s, s, slates, slate_time, slate_size, slate_items, out):  # type: ignore[no-untyped-def]  # fmt: skip
+    """List the slates this outcome may belong to: the named or newest showing one first. True if it showed it."""
     first, shown = -1, False
     for j in range(s[u] - 1, -1, -1):
         if slate_time[u, j] + 86400 < record_s:
@@ -383,16 +385,16 @@ def _join(u, explicit, low, record_s, s, slates, slate_time, slate_size, slate_i
 
 
 @njit(cache=True)
-def _voice(u, item, t, n, items, times, kinds):  # type: ignore[no-untyped-def]
+def _voice(u, item, t, n, items, times, kinds):  # type: ignore[no-untyped-def]  # fmt: skip
     """True unless the sequence remembers a voice of this user for this item within an hour of event time."""
-    for j in range(n[u]):
+    for j in range(n[u]):  # noqa: SIM110 - numba has no all()
         if items[u, j] == item and kinds[u, j] & 0x80 and abs(times[u, j] - t) < 3600.0:
             return False
     return True
 
 
 @njit(cache=True)
-def _remember_seen(u, low, seen_n, seen):  # type: ignore[no-untyped-def]
+def _remember_seen(u, low, seen_n, seen):  # type: ignore[no-untyped-def]  # fmt: skip
     for j in range(seen_n[u]):
         if seen[u, j] == low:
             return False
@@ -405,7 +407,7 @@ def _remember_seen(u, low, seen_n, seen):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _fold(user, kind, item, time, record_s, event, weight, slate, shown_start, shown, exists, counters, times, n, items, seq_time, seq_weight, seq_kind, d, events, event_time, s, slates, slate_time, slate_size, slate_items, seen_n, seen, changed, seen_changed, status, flags, out_slates, history_length, history_item, history_time, history_kind):  # type: ignore[no-untyped-def]  # noqa: E501
+def _fold(user, kind, item, time, record_s, event, weight, slate, shown_start, shown, exists, counters, times, n, items, seq_time, seq_weight, seq_kind, d, events, event_time, s, slates, slate_time, slate_size, slate_items, seen_n, seen, changed, seen_changed, status, flags, out_slates, history_length, history_item, history_time, history_kind):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Fold events in order, one at a time; the only place where a profile changes."""
     overflow = 0
     for i in range(len(user)):
@@ -414,7 +416,7 @@ def _fold(user, kind, item, time, record_s, event, weight, slate, shown_start, s
             status[i] = 1
             out_slates[i, 0] = slate[i]
             if exists[u]:  # an impression creates no profile
-                _remember_slate(u, slate[i], record_s[i], shown[shown_start[i] : shown_start[i + 1]], s, slates, slate_time, slate_size, slate_items)  # noqa: E501
+                _remember_slate(u, slate[i], record_s[i], shown[shown_start[i] : shown_start[i + 1]], s, slates, slate_time, slate_size, slate_items)  # noqa: E501  # fmt: skip
                 counters[u, kind[i] - 1] += 1
                 changed[u] = True
             continue

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Final, NewType
 import msgspec
 from msgspec import Meta
 
-from models.examples import ACTION, CLICK, DWELL, RATING
+from infra.settings import EVENT_WEIGHTS, Weight
+from models.examples import ACTION, CLICK, DWELL, RATING, item_hash
 
 UserId = NewType("UserId", str)
 ItemId = NewType("ItemId", str)
@@ -124,12 +125,13 @@ class Item(msgspec.Struct, kw_only=True, omit_defaults=True, tag="item", tag_fie
 
 
 Interaction = Click | Dwell | Rating | Action | View
-Event = Click | Dwell | Rating | Action | View | Impression | Alias | Erase
+Event = Click | Dwell | Rating | Action | View | Impression
+Reserved = Alias | Erase
 INLETS: Final = {"clicks": Click, "dwells": Dwell, "ratings": Rating, "actions": Action, "views": View}
 
 _from_json = msgspec.json.Decoder(Interaction)
 _items_from_json = msgspec.json.Decoder(Item)
-_from_log = msgspec.msgpack.Decoder(Event)
+_from_log = msgspec.msgpack.Decoder(Event | Reserved)
 _items_from_log = msgspec.msgpack.Decoder(Item)
 _to_log = msgspec.msgpack.Encoder()
 _EXPECTED = re.compile(r"^(?P<what>.*?)(?: - at `(?P<where>[^`]+)`)?$", re.S)
@@ -143,7 +145,8 @@ def _explain(error: Exception, given: object) -> EventError:
         expected, got = what.removeprefix("Expected ").split(", got ", 1)
         return EventError(where, expected, got)
     if what.startswith("Object missing required field "):
-        return EventError(where, "the field " + what.removeprefix("Object missing required field "), "an object without it")
+        field = what.removeprefix("Object missing required field ")
+        return EventError(where, f"the field {field}", "an object without it")
     if what.startswith("Invalid value "):
         return EventError(where, "one of click, dwell, rating, action, view", what.removeprefix("Invalid value "))
     if isinstance(error, msgspec.ValidationError):
@@ -159,7 +162,7 @@ def _short(given: object) -> str:
 def parse_json(data: bytes | msgspec.Raw) -> Interaction:
     """Read one interaction from JSON bytes; raises EventError. `source` from outside is dropped."""
     try:
-        event = _from_json.decode(data)
+        event: Interaction = _from_json.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise _explain(error, bytes(data)) from error
     event.source = None
@@ -170,7 +173,7 @@ def parse_json(data: bytes | msgspec.Raw) -> Interaction:
 def parse_object(obj: object) -> Interaction:
     """Read one interaction from a decoded JSON object; raises EventError."""
     try:
-        event = msgspec.convert(obj, Interaction)
+        event: Interaction = msgspec.convert(obj, Interaction)
     except msgspec.ValidationError as error:
         raise _explain(error, obj) from error
     event.source = None
@@ -208,7 +211,7 @@ def parse_item(data: bytes | msgspec.Raw) -> Item:
 def decode(data: bytes) -> Event:
     """Read one record of the log; raises EventError, also for the reserved types."""
     try:
-        event = _from_log.decode(data)
+        event: Event | Reserved = _from_log.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise _explain(error, data[:40].hex()) from error
     if isinstance(event, Alias | Erase):
@@ -259,23 +262,20 @@ def impression(
     user_id: str, slate_id: str, ts: float, surface: str, shown: Sequence[str], payload: bytes
 ) -> Impression:
     """Return the event that tells the log which slate was answered."""
-    return Impression(
-        user_id=user_id, slate_id=slate_id, ts=ts, surface=surface, shown=list(shown), payload=payload
-    )
+    return Impression(user_id=user_id, slate_id=slate_id, ts=ts, surface=surface, shown=list(shown), payload=payload)
 
 
 class Weights:
     """The table of signal weights, compiled: rows of (kind, condition, weight), the first that fits counts.
 
-    Conditions: "" always; ">= x" and "< x" of a dwell's seconds; a name of an action; "scaled" for ratings, which
-    multiplies the rating's place on its scale, from -1 to 1. An action without a row has weight 0.
+    An action without a row has weight 0, a rating's weight multiplies its place on its scale, from -1 to 1.
     """
 
-    def __init__(self, table: Sequence[tuple[str, str, float]]) -> None:
-        self._click = next((w for kind, _, w in table if kind == "click"), 0.0)
-        self._rating = next((w for kind, _, w in table if kind == "rating"), 0.0)
-        self._actions = {condition: w for kind, condition, w in table if kind == "action"}
-        self._dwell = [(c.split()[0], float(c.split()[1]), w) for kind, c, w in table if kind == "dwell"]
+    def __init__(self, table: Sequence[Weight] = EVENT_WEIGHTS) -> None:
+        self._click = next((row.weight for row in table if row.kind == "click"), 0.0)
+        self._rating = next((row.weight for row in table if row.kind == "rating"), 0.0)
+        self._actions = {row.terms[1]: row.weight for row in table if row.kind == "action"}
+        self._dwell = [(row.terms[0], float(row.terms[1]), row.weight) for row in table if row.kind == "dwell"]
 
     def of(self, event: Interaction) -> tuple[int, float, float]:
         """Return (kind, weight, value) of an interaction other than a view."""
@@ -287,7 +287,7 @@ class Weights:
             return RATING, self._rating * value, value
         if isinstance(event, Dwell):
             for sign, bound, weight in self._dwell:
-                if event.seconds >= bound if sign == ">=" else event.seconds < bound:
+                if sign == "always" or (event.seconds >= bound if sign == ">=" else event.seconds < bound):
                     return DWELL, weight, event.seconds
             return DWELL, 0.0, event.seconds
         if isinstance(event, Action):
@@ -298,3 +298,8 @@ class Weights:
 def to_builtins(event: Event | Item) -> Any:
     """Return a JSON-able object of an event, for people to read."""
     return msgspec.to_builtins(event)
+
+
+def item_key(item: Item) -> int:
+    """Return the hash under which a catalogue entry's item is known."""
+    return item_hash(item.item_id)

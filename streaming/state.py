@@ -28,7 +28,7 @@ import logging
 import struct
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 import msgspec
 import redis.asyncio as aioredis
@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 BUCKETS: Final = 256
 FEED_ENTRY_BYTES: Final = 1_000_000
-Redis = aioredis.Redis
+# redis-py's stubs answer the union of its text and bytes clients; ours only ever answers bytes.
+Redis = Any
 StoreUnavailable = (RedisConnectionError, RedisTimeoutError, OSError)
 StoreError = RedisError
 
@@ -187,7 +188,7 @@ class _Script:
             for keys, arguments in calls:
                 pipe.evalsha(self._sha, len(keys), *keys, *arguments)
             try:
-                return cast(list[Any], await pipe.execute())
+                return list(await pipe.execute())
             except NoScriptError:
                 if attempt:
                     raise
@@ -197,7 +198,7 @@ class _Script:
 
 @dataclass(slots=True)
 class UserRead:
-    """What one script call read of a partition: its next offset and the values of the users asked for, as of that offset."""
+    """What one call read of a partition: its next offset, and the users' values as of that offset."""
 
     applied: int
     marks: dict[str, int]
@@ -208,7 +209,7 @@ class UserRead:
 
 @dataclass(slots=True)
 class UserWrite:
-    """What one micro-batch commits to a partition: `expected` -> `next`, with profiles, seen lists, embeddings by user."""
+    """What a micro-batch commits to a partition: `expected` -> `next`; profiles, seen lists, embeddings by user."""
 
     partition: int
     expected: int
@@ -402,7 +403,8 @@ class _Feed:
         used = await self._client.memory_usage(self._key, samples=0) or 0
         if used > self._limit:
             length = await self._client.xlen(self._key)
-            await self._client.xtrim(self._key, maxlen=max(1, int(length * 0.75 * self._limit / used)), approximate=False)
+            keep = max(1, int(length * 0.75 * self._limit / used))
+            await self._client.xtrim(self._key, maxlen=keep, approximate=False)
 
 
 def _bucketed(keys: Iterable[int], values: Iterable[bytes]) -> dict[int, list[bytes]]:
@@ -447,7 +449,7 @@ class RowStore:
     async def commit(
         self, *, expected: int, head: Mapping[str, Any], keys: Sequence[int], values: Sequence[bytes]
     ) -> int | None:
-        """Write rows and head (with its new `next`) in one transaction; None, or the stored offset where it was refused."""
+        """Write rows and head (with its new `next`) in one transaction; None, or the stored offset where refused."""
         buckets = _bucketed(keys, values)
         arguments: list[Any] = [str(expected), len(head)]
         for name, value in head.items():
@@ -475,10 +477,10 @@ class ItemStore(RowStore):
         return [row async for row in self.scan(self.keys.item_catalogue)]
 
     async def commit_catalogue(self, following: int, keys: Sequence[int], values: Sequence[bytes]) -> None:
-        """Write catalogue entries and the next offset of `items` in one transaction; absolute values, so a repeat is harmless."""
+        """Write catalogue entries and the next offset of `items` in one transaction; a repeat is harmless."""
         pipe = self.client.pipeline(transaction=True)
         for bucket, flat in _bucketed(keys, values).items():
-            pipe.hset(self.keys.item_catalogue(bucket), items=cast(list[Any], flat))
+            pipe.hset(self.keys.item_catalogue(bucket), items=flat)
         pipe.hset(self.head_key, "catalogue", str(following))
         await pipe.execute()
 
@@ -507,10 +509,12 @@ class ModelStore(RowStore):
 
 async def append_metrics(client: Redis, key: str, fields: Mapping[str, Any], *, keep: int = 3600) -> None:
     """Append a point to a learning curve that keeps about the last `keep` points."""
-    await client.xadd(key, cast(Any, dict(fields)), maxlen=keep, approximate=True)
+    await client.xadd(key, dict(fields), maxlen=keep, approximate=True)
 
 
-async def read_metrics(client: Redis, key: str, *, after: str = "-", count: int = 600) -> list[tuple[str, dict[str, str]]]:
+async def read_metrics(
+    client: Redis, key: str, *, after: str = "-", count: int = 600
+) -> list[tuple[str, dict[str, str]]]:
     """Return points of a learning curve after an id (exclusive), or its newest `count` for "-"."""
     if after == "-":
         entries = list(reversed(await client.xrevrange(key, count=count)))

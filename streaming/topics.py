@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import for_code
+from aiokafka.errors import KafkaError, for_code
 from aiokafka.partitioner import murmur2
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,9 @@ MAX_MESSAGE_BYTES: Final = 1_048_576
 _ALREADY_EXISTS = 36
 Record = tuple[int, bytes | None, bytes]
 """(partition, key, value)"""
+
+
+LogError = KafkaError
 
 
 class TopicsError(RuntimeError):
@@ -98,7 +101,7 @@ def partition_of(user_id: str, partitions: int) -> int:
 
 
 async def create_topics(bootstrap: str, topics: Topics) -> None:
-    """Create the topics that do not exist yet; raises what Kafka answers otherwise."""
+    """Create the topics that are not there and wait until the brokers know them; raises what Kafka answers."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
     try:
@@ -109,6 +112,10 @@ async def create_topics(bootstrap: str, topics: Topics) -> None:
                 raise for_code(code)(f"creating topic {name}: {message}")
     finally:
         await admin.close()
+    for pause in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
+        await asyncio.sleep(pause)
+        if all(partitions for partitions, _ in (await describe(bootstrap, list(topics.specs())))[1].values()):
+            break
 
 
 async def describe(bootstrap: str, names: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
@@ -125,6 +132,18 @@ async def describe(bootstrap: str, names: Sequence[str]) -> tuple[str, dict[str,
     finally:
         await admin.close()
     return str(cluster), {name: found.get(name, (0, "")) for name in names}
+
+
+async def end_offsets(bootstrap: str, partitions: dict[str, int]) -> dict[str, list[int]]:
+    """Return topic -> its end offset by partition, for topics with that many partitions."""
+    places = [TopicPartition(name, p) for name, count in partitions.items() for p in range(count)]
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    await consumer.start()
+    try:
+        ends = await consumer.end_offsets(places)
+    finally:
+        await consumer.stop()
+    return {name: [ends[TopicPartition(name, p)] for p in range(count)] for name, count in partitions.items()}
 
 
 async def preflight(bootstrap: str, topics: Topics) -> str:
@@ -160,6 +179,12 @@ class Log:
             max_request_size=MAX_MESSAGE_BYTES, max_batch_size=262_144, request_timeout_ms=30_000,
         )  # fmt: skip
         await self._producer.start()
+
+    async def ping(self) -> None:
+        """Ask the cluster for its topics; raises LogError where it does not answer."""
+        if self._producer is None:
+            raise LogError("not connected")
+        await self._producer.client.fetch_all_metadata()
 
     async def stop(self) -> None:
         """Send what is pending and disconnect."""

@@ -1,0 +1,73 @@
+"""A live copy of the learner's vectors in the worker, and the cached user embeddings made from it.
+
+A cache, never the truth of a user: stamped with the model step, no part of bit-identity (DESIGN section 3, rule 7).
+Knows nothing about events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.factors import DIM, Factors, decayed_embeddings
+from models.profile import Profiles
+from models.rows import Rows
+from streaming.state import Keys, ModelStore, StoreUnavailable, feed_top, read_feed
+
+log = logging.getLogger(__name__)
+
+STEP: Final = struct.Struct("<q")
+
+
+class LiveEmbeddings:
+    """Follows the model's feed and computes decayed embeddings from the vectors it holds."""
+
+    def __init__(self, client: Any, keys: Keys) -> None:
+        self._client, self._keys = client, keys
+        self._rows = Rows()
+        self._factors = Factors(rows=self._rows)
+        self.step = 0
+
+    def embed(self, profiles: Profiles, picked: NDArray[np.int64]) -> list[bytes]:
+        """Return step i64 and f16[2, 64] for each picked profile, at its own last event time."""
+        return [self._one(profiles, int(row)) for row in picked]
+
+    def _one(self, profiles: Profiles, row: int) -> bytes:
+        n = int(profiles.n[row])
+        items = profiles.item[row, :n]
+        at = self._rows.find(items)
+        vectors = np.zeros((n, DIM), np.float32)
+        known = at >= 0
+        vectors[known] = self._factors.vectors[at[known]]
+        embedding = decayed_embeddings(
+            np.where(known, items, 0), profiles.time[row, :n], profiles.times[row, 1], vectors
+        )
+        return STEP.pack(self.step) + embedding.tobytes()
+
+    async def follow(self) -> None:
+        """Load the model's rows from its feed and keep them current, for ever; Redis may come and go."""
+        last = ""
+        while True:
+            try:
+                last = last or await self._load()
+                for entry_id, delta in await read_feed(self._client, self._keys.model_feed, last, block_ms=2000):
+                    last = entry_id
+                    if delta.keys:
+                        self._factors.load_rows(np.array(delta.keys, np.uint64), list(delta.values))
+                    self.step = delta.step
+            except StoreUnavailable as error:
+                log.warning("model feed: Redis does not answer (%s)", error)
+                last = ""
+                await asyncio.sleep(1.0)
+
+    async def _load(self) -> str:
+        top = await feed_top(self._client, self._keys.model_feed)
+        _, rows = await ModelStore(self._client, self._keys).load()
+        if rows:
+            pass
+        return top

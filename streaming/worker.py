@@ -1,0 +1,132 @@
+"""The process around the agents: connect, check the ground, run until told to stop.
+
+Knows which agents a role has and what they need; nothing about how they fold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine
+from typing import Any, Literal
+
+import uvloop
+
+from infra.settings import Settings
+from streaming import consumer
+from streaming.agents import (
+    EX_AGAIN,
+    EX_STOPPED,
+    ItemAgent,
+    Progress,
+    UserAgent,
+    attach,
+    inlet_agents,
+    leave,
+    report,
+    topics_of,
+    watch,
+)
+from streaming.embeddings import LiveEmbeddings
+from streaming.events import Weights
+from streaming.state import ItemStore, RedisUserStore, connect, live_keys
+from streaming.topics import Log, TopicsError, preflight
+
+log = logging.getLogger(__name__)
+
+Role = Literal["users", "items"]
+
+
+def run(settings: Settings, role: Role, slot: int) -> None:
+    """Run one worker process of a role in its slot until SIGTERM or SIGINT; exits by status where it cannot go on."""
+    uvloop.run(_main(settings, role, slot))
+
+
+async def _main(settings: Settings, role: Role, slot: int) -> None:
+    topics = topics_of(settings)
+    try:
+        cluster = await preflight(settings.kafka, topics)
+    except TopicsError as error:
+        leave(EX_STOPPED, str(error))
+        raise
+    client = connect(settings.redis)
+    keys = await live_keys(client, settings.namespace)
+    producer = Log(settings.kafka)
+    await producer.start()
+    progress = Progress()
+    app, background = (_users if role == "users" else _items)(settings, slot, client, keys, producer, progress, cluster)
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    app.finalize()
+    await app.start()
+    host, _, port = settings.kafka.split(",")[0].rpartition(":")
+    background += [
+        watch(app, progress, lambda: _reachable(host, int(port))),
+        report(role, slot, app, progress, client, keys),
+    ]
+    tasks = [asyncio.create_task(_loud(work)) for work in background]
+    log.info("worker %s-%d runs", role, slot)
+    await stop.wait()
+    for task in tasks:
+        task.cancel()
+    await app.stop()
+    await producer.stop()
+    await client.aclose()
+
+
+def _users(
+    settings: Settings, slot: int, client: Any, keys: Any, producer: Log, progress: Progress, cluster: str
+) -> tuple[Any, list[Coroutine[Any, Any, None]]]:
+    topics = topics_of(settings)
+    embeddings = LiveEmbeddings(client, keys)
+    agent = UserAgent(
+        topics=topics, store=RedisUserStore(client, keys), log_=producer, weights=Weights(settings.event_weights),
+        progress=progress, cluster=cluster, embed=embeddings.embed,
+    )  # fmt: skip
+    app = _app(settings, "users", slot, agent)
+    attach(app, topics.events, agent.run)
+    for topic, inlet in inlet_agents(topics, producer).items():
+        attach(app, topic, inlet.run)
+    return app, [embeddings.follow()]
+
+
+def _items(
+    settings: Settings, slot: int, client: Any, keys: Any, producer: Log, progress: Progress, cluster: str
+) -> tuple[Any, list[Coroutine[Any, Any, None]]]:
+    topics = topics_of(settings)
+    store = ItemStore(client, keys, settings.feed_mb << 20)
+    agent = ItemAgent(topics=topics, store=store, log_=producer, progress=progress, cluster=cluster)
+    app = _app(settings, "items", slot, agent)
+    attach(app, topics.examples, agent.run_examples)
+    attach(app, topics.items, agent.run_catalogue)
+    return app, [agent.tick()]
+
+
+def _app(settings: Settings, role: str, slot: int, agent: UserAgent | ItemAgent) -> Any:
+    return consumer.create_app(
+        f"{settings.namespace}-{role}", kafka=settings.kafka, form=settings.consumer, instance=f"{role}-{slot}",
+        seek=agent.offsets,
+        on_crash=lambda name, error: leave(EX_AGAIN, f"agent {name} crashed: {type(error).__name__}: {error}"),
+    )  # fmt: skip
+
+
+async def _loud(work: Coroutine[Any, Any, None]) -> None:
+    """Run a background task whose failure ends the process instead of going unnoticed."""
+    try:
+        await work
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        log.exception("background task failed")
+        leave(EX_AGAIN, f"background task failed: {type(error).__name__}: {error}")
+
+
+async def _reachable(host: str, port: int) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 2.0)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
