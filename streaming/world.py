@@ -267,11 +267,13 @@ class World:
         return [Outcome("action", item, position, action="hide" if rng.random() < 0.2 else "skip")]
 
 
-def visits(world: World, *, slates_per_s: float, seconds: float, rng: np.random.Generator) -> list[Visit]:
-    """Visits for `seconds` from the world's start: Poisson arrivals, busy people more often, in order of time."""
+def visits(
+    world: World, *, slates_per_s: float, seconds: float, rng: np.random.Generator, since: float | None = None
+) -> list[Visit]:
+    """Visits for `seconds` from `since` (the world's start): Poisson arrivals, busy people more often, by time."""
     p = world.parameters
     count = int(rng.poisson(slates_per_s * seconds / p.session))
-    times = np.sort(world.start + seconds * rng.random(count))
+    times = np.sort((world.start if since is None else since) + seconds * rng.random(count))
     people = rng.choice(world.users, count, p=world.activity)
     more = rng.geometric(1.0 / p.session, count) - 1
     return [

@@ -1,0 +1,279 @@
+"""Simulated people at work: they ask for slates and send events as any client would, and the world keeps score.
+
+They use the public API only; a fifth of them publish their events through the Kafka inlets instead. It knows nothing
+about how slates are made. What the world alone knows (expected clicks) goes to the scorecard and to a learning curve,
+never to the recommender.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import httpx
+import msgspec
+import numpy as np
+
+from streaming import titles
+from streaming.scorecard import Lead, Means, Scorecard
+from streaming.topics import Log, Topics, partition_of
+from streaming.world import Outcome, Rows, Visit, World, visits
+
+N: Final = 10
+INLET_EVERY: Final = 5  # every fifth person publishes through the inlets
+MAX_VISITS: Final = 256  # at once; who comes then is turned away and counted
+BATCH: Final = 500  # catalogue entries a request
+WINDOW_S: Final = 10.0  # of the means shown
+LEAD_S: Final = 60.0  # of the lead
+HORIZON_S: Final = 30.0  # visits are drawn this far ahead
+INLET_OF: Final = {"click": "clicks", "dwell": "dwells", "rating": "ratings", "action": "actions", "view": "views"}
+
+Send = Callable[[str, Sequence[dict[str, Any]]], Awaitable[str | None]]
+"""(user id, events) -> the token of the user's last one, None where nothing was taken."""
+
+
+def user_id(user: int) -> str:
+    """The id of a person."""
+    return f"person-{user:04d}"
+
+
+def item_id(row: int) -> str:
+    """The id of an item."""
+    return f"item-{row:05d}"
+
+
+def row_of(identifier: str) -> int | None:
+    """The row of an item id; None for an item that is not of this world."""
+    number = identifier.removeprefix("item-")
+    return int(number) if number.isdigit() and item_id(int(number)) == identifier else None
+
+
+def catalogue_entry(world: World, row: int) -> dict[str, Any]:
+    """What `POST /v1/items` takes for an item: its words, nothing of its appeal."""
+    text = world.texts[row]
+    return {
+        "item_id": item_id(row), "title": text.title, "text": text.text, "tags": list(text.tags),
+        "categories": [titles.TOPICS[world.topic_of[row]].name], "provider": text.provider,
+        "published_at": float(world.published[row]),
+    }  # fmt: skip
+
+
+def event_of(user: int, outcome: Outcome, *, slate_id: str | None, ts: float, event_id: str) -> dict[str, Any]:
+    """What `POST /v1/events` takes for what a person did."""
+    event: dict[str, Any] = {
+        "type": outcome.kind, "user_id": user_id(user), "item_id": item_id(outcome.item), "ts": ts, "event_id": event_id
+    }  # fmt: skip
+    if outcome.position >= 0:
+        event |= {"slate_id": slate_id, "position": outcome.position, "surface": "home"}
+    else:
+        event["surface"] = "search"
+    if outcome.kind == "dwell":
+        event["seconds"] = outcome.value
+    elif outcome.kind == "rating":
+        event |= {"value": outcome.value, "scale": [1, 5]}
+    elif outcome.kind == "action":
+        event["name"] = outcome.action
+    return event
+
+
+def inlet_sender(log: Log, topics: Topics) -> Send:
+    """Send events as a Kafka client does: JSON to the inlet of their type."""
+
+    async def send(user: str, events: Sequence[dict[str, Any]]) -> str | None:
+        partition, token = partition_of(user, topics.partitions), None
+        for name in {INLET_OF[event["type"]] for event in events}:
+            wanted = [msgspec.json.encode(event) for event in events if INLET_OF[event["type"]] == name]
+            last = await log.append(topics.inlet(name), [(partition, user.encode(), value) for value in wanted])
+            if name == "clicks" or token is None:
+                token = f"{name}:{partition}:{last[partition]}"
+        return token
+
+    return send
+
+
+class Simulation:
+    """The world's people against one API; `world` must start at about now.
+
+    `inlet` sends for every fifth person; None: all use HTTP. `clock` gives seconds since the epoch.
+    """
+
+    def __init__(
+        self, world: World, api: httpx.AsyncClient, *, inlet: Send | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.world, self.card = world, Scorecard([])
+        self._api, self._inlet, self._clock = api, inlet, clock
+        self._rng = np.random.default_rng([world.seed, 1])
+        self._hands = [np.random.default_rng([world.seed, 2, user]) for user in range(world.users)]
+        self._told = 0
+        self._numbers = [0] * world.users
+        self._waits: deque[tuple[float, float]] = deque(maxlen=20_000)  # (time, seconds) of each lookup
+        self.events = self.lookups = self.errors = self.turned_away = 0
+        self.problem = ""
+        self.first_slate = self.first_learnt = float("nan")
+
+    # ---- the catalogue
+
+    async def publish(self) -> int:
+        """Tell the API of the items that appeared since the last call; returns how many."""
+        self.world.advance(self._clock())
+        first, last = self._told, self.world.live
+        for at in range(first, last, BATCH):
+            entries = [catalogue_entry(self.world, row) for row in range(at, min(at + BATCH, last))]
+            (await self._api.post("/v1/items", json=entries)).raise_for_status()
+            self._told = min(at + BATCH, last)
+        return last - first
+
+    # ---- the people
+
+    async def run(self, seconds: float, *, slates_per_s: float) -> None:
+        """Let people come for `seconds` (inf: until cancelled) and finish what they began."""
+        began = self._clock()
+        running: set[asyncio.Task[None]] = set()
+        publisher = asyncio.create_task(self._keep_publishing())
+        try:
+            since = began
+            while since < began + seconds:
+                span = min(HORIZON_S, began + seconds - since)
+                coming = visits(self.world, slates_per_s=slates_per_s, seconds=span, rng=self._rng, since=since)
+                for visit in coming:
+                    await asyncio.sleep(visit.time - self._clock())
+                    if len(running) >= MAX_VISITS:
+                        self.turned_away += 1
+                        continue
+                    task = asyncio.create_task(self._visit(visit))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+                since += span
+                await asyncio.sleep(since - self._clock())
+            await asyncio.wait_for(asyncio.gather(*running), 10.0)
+        finally:
+            for task in (publisher, *running):
+                task.cancel()
+            await asyncio.gather(publisher, *running, return_exceptions=True)
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            try:
+                await self.publish()
+            except httpx.HTTPError as error:
+                self._note(error)
+
+    async def _visit(self, visit: Visit) -> None:
+        user, rng, token = visit.user, self._hands[visit.user], None
+        try:
+            if rng.random() < self.world.parameters.browse:
+                token = await self._send(user, self.world.browse(user, rng), None)
+            for pause in (0.0, *visit.pauses):
+                await asyncio.sleep(pause)
+                token = await self._one_slate(user, rng, token) or token
+        except httpx.HTTPError as error:
+            self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        self.errors += 1
+        self.problem = f"{type(error).__name__}: {error}"
+
+    async def _one_slate(self, user: int, rng: np.random.Generator, token: str | None) -> str | None:
+        """Ask, keep score, react, tell; returns the token of what was told."""
+        query = {"n": str(N)} | ({"after": token} if token else {})
+        began = time.perf_counter()
+        answer = (await self._api.get(f"/v1/recommendations/{user_id(user)}", params=query)).raise_for_status().json()
+        self.lookups += 1
+        self._waits.append((self._clock(), time.perf_counter() - began))
+        popular = await self._api.get("/v1/popular", params={"n": str(N), "user_id": user_id(user)})
+        self.world.advance(self._clock())
+        ours = rows_of(answer["items"])
+        self.card.add(self.world, user, ours, rows_of(popular.raise_for_status().json()["items"]))
+        self._firsts(answer["model_step"])
+        return await self._send(user, self.world.react(user, ours, rng), answer["slate_id"])
+
+    def _firsts(self, model_step: int) -> None:
+        now = self._clock()
+        self.first_slate = now if np.isnan(self.first_slate) else self.first_slate
+        if model_step > 0 and np.isnan(self.first_learnt):
+            self.first_learnt = now
+
+    async def _send(self, user: int, outcomes: Sequence[Outcome], slate_id: str | None) -> str | None:
+        if not outcomes:
+            return None
+        events = []
+        for outcome in outcomes:
+            self._numbers[user] += 1
+            name = f"{self.world.start:.3f}-{user}-{self._numbers[user]}"
+            events.append(event_of(user, outcome, slate_id=slate_id, ts=self._clock(), event_id=name))
+        send = self._inlet if self._inlet is not None and user % INLET_EVERY == 0 else self._post
+        token = await send(user_id(user), events)
+        self.events += len(events)
+        return token
+
+    async def _post(self, user: str, events: Sequence[dict[str, Any]]) -> str | None:
+        """Post a list; once more with the same ids where Kafka was not there."""
+        answer = await self._api.post("/v1/events", json=events)
+        if answer.status_code == 503:
+            await asyncio.sleep(float(answer.headers.get("Retry-After", "1")))
+            answer = await self._api.post("/v1/events", json=events)
+        token: str | None = answer.raise_for_status().json()["token"]
+        return token
+
+    # ---- the score
+
+    def means(self) -> Means:
+        """Expected clicks over the last ten seconds."""
+        return self.card.means(since=self._clock() - WINDOW_S)
+
+    def lead(self) -> Lead:
+        """Ours - popular over the last minute, with its interval."""
+        return self.card.lead(since=self._clock() - LEAD_S, rng=np.random.default_rng(self.world.seed))
+
+    def waits(self) -> tuple[float, float]:
+        """Median and 99th percentile of the lookups of the last ten seconds, ms, as the people measured them."""
+        recent = [wait for at, wait in self._waits if at > self._clock() - WINDOW_S]
+        p50, p99 = np.percentile(recent, [50, 99]).tolist() if recent else (float("nan"), float("nan"))
+        return 1000 * p50, 1000 * p99
+
+    def curve(self) -> dict[str, float]:
+        """The point of this moment on the learning curve `world`; names without a finite figure are left out."""
+        now, means, lead, (p50, p99) = self._clock(), self.means(), self.lead(), self.waits()
+        point = {
+            "t": round(now, 3), "ours": means.ours, "popular": means.popular, "oracle": means.oracle,
+            "lead": lead.mean, "lead_low": lead.low, "lead_high": lead.high,
+            "lead_s": min(LEAD_S, now - self.world.start), "slates": len(self.card.entries), "events": self.events,
+            "lookup_p50_ms": p50, "lookup_p99_ms": p99, "errors": self.errors, "items": self._told,
+        }  # fmt: skip
+        return {name: round(float(value), 5) for name, value in point.items() if np.isfinite(value)}
+
+    def report(self) -> dict[str, Any]:
+        """The run so far, for `--json`: expected clicks and lead of the last minute, and what was sent."""
+        now = self._clock()
+        means, lead = self.card.means(since=now - LEAD_S), self.lead()
+        return {
+            "expected_clicks": {name: _plain(getattr(means, name)) for name in ("ours", "popular", "oracle")},
+            "lead": {name: _plain(getattr(lead, name)) for name in ("low", "high", "mean")},
+            "lead_seconds": round(min(LEAD_S, now - self.world.start), 1),
+            "curve": self._by_ten_seconds(),
+            "seed": self.world.seed, "users": self.world.users, "items": self._told,
+            "slates": len(self.card.entries), "events": self.events, "errors": self.errors,
+            "turned_away": self.turned_away,
+        }  # fmt: skip
+
+    def _by_ten_seconds(self) -> list[dict[str, float | None]]:
+        points = []
+        for at in np.arange(self.world.start, self._clock(), WINDOW_S).tolist():
+            means = self.card.means(at, at + WINDOW_S)
+            if means.slates:
+                point = {name: _plain(getattr(means, name)) for name in ("ours", "popular", "oracle")}
+                points.append({"second": round(at - self.world.start), "slates": means.slates, **point})
+        return points
+
+
+def rows_of(items: Sequence[dict[str, Any]]) -> Rows:
+    """The world's rows of an answer's items, in order; items of another world are left out."""
+    return np.array([row for item in items if (row := row_of(item["item_id"])) is not None], np.int64)
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 4) if np.isfinite(value) else None
