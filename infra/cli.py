@@ -201,7 +201,10 @@ def _welcome(screen: Console, stack: Any) -> None:
 def worker(
     role: Annotated[str, typer.Option(help="users: inlets and profiles; items: popularity and neighbours.")] = "users",
     slot: Annotated[
-        int | None, typer.Option(help="Static membership: one number per worker process.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Number of this worker, its static membership; auto: from the host name.", show_default=False
+        ),
     ] = None,
     data: Data = None,
 ) -> None:
@@ -212,10 +215,27 @@ def worker(
     """  # fmt: skip
     if role not in ("users", "items"):
         fail(f"--role: expected users or items, got {role!r}", 2)
-    settings = _process_settings(data, worker_slot=slot)
+    settings = _process_settings(data, worker_slot=_slot_of_host() if slot == "auto" else slot)
     from streaming.worker import run
 
     run(settings, role, settings.worker_slot)  # type: ignore[arg-type]
+
+
+@app.command(rich_help_panel=PROCESS)
+def learner(data: Data = None) -> None:
+    """Run the learner: the one process that trains, on one torch thread, until SIGTERM."""
+    settings = _process_settings(data)
+    from streaming.trainer import run
+
+    run(settings)
+
+
+def _slot_of_host() -> int:
+    """A container keeps its host name when it is restarted, so its membership stays its own."""
+    import socket
+    import zlib
+
+    return zlib.crc32(socket.gethostname().encode()) & 0xFFFF
 
 
 @app.command(rich_help_panel=PROCESS)
@@ -248,6 +268,32 @@ def _process_settings(data: Path | None, **overrides: object) -> Settings:
             )
     configure_logging(settings.log_level)
     return settings
+
+
+@app.command(rich_help_panel=PROCESS)
+def topics(
+    create: Annotated[bool, typer.Option("--create", help="Create the topics that are missing.")] = False,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Check the namespace's topics on your Kafka, or create them; `up` does this itself."""
+    from infra.kafka import run_blocking
+    from infra.stack import make_topics
+    from streaming.topics import Topics, preflight
+
+    settings = Settings.load(data)
+    if not settings.kafka:
+        fail("no Kafka: set FRESHET_KAFKA=host:port, or run `freshet up`.")
+    wanted = Topics(settings.namespace, settings.partitions, settings.retention_inlets_days)
+    if create:
+        make_topics(settings)
+    run_blocking(lambda: preflight(settings.kafka, wanted))
+    rows = {name: {"partitions": count, **configuration} for name, (count, configuration) in wanted.specs().items()}
+    if as_json:
+        show_json(rows)
+    else:
+        for name, row in rows.items():
+            typer.echo(f"{name:24} " + "  ".join(f"{key}={value}" for key, value in row.items()))
 
 
 # -- look inside ------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ class Settings:
     admin_key: str = _setting("", _text, "Key that every route but health asks for off loopback.", secret=True)
     partitions: int = _setting(8, _int(1, 1024), "Partitions of the inlets and of `events`; fixed for a namespace.")
     workers: int = _setting(1, _int(1, 64), "Worker processes that `up` starts for the user agents.")
-    worker_slot: int = _setting(0, _int(0, 1023), "Slot of this worker: its static group membership.")
+    worker_slot: int = _setting(0, _int(0, 65535), "Slot of this worker: its static group membership.")
     consumer: str = _setting(
         "chunks", _one_of("chunks", "stock"), "Form of the agents' consumer: chunks (fast) or stock Faust."
     )

@@ -300,22 +300,9 @@ class Stack:
             )
 
     def _make_topics(self) -> None:
-        if not self.settings.kafka:
-            return
-        from streaming.topics import Topics, create_topics, preflight
-
-        topics = Topics(self.settings.namespace, self.settings.partitions, self.settings.retention_inlets_days)
-        self.say("creating topics")
-        run_blocking(lambda: create_topics(self.settings.kafka, topics))
-        until = time.monotonic() + 20
-        while True:  # a topic is in the metadata a moment after it was created
-            try:
-                run_blocking(lambda: preflight(self.settings.kafka, topics))
-                return
-            except RuntimeError as error:
-                if time.monotonic() > until or "got no such topic" not in str(error):
-                    raise StackError(str(error)) from error
-            time.sleep(0.1)
+        if self.settings.kafka:
+            self.say("creating topics")
+            make_topics(self.settings)
 
     def _own_children(self) -> list[Child]:
         if "api" in self.processes:
@@ -413,6 +400,23 @@ class Stack:
         part.write_text(json.dumps(content, indent=2))
         os.replace(part, self.data / "stack.json")
         self._recorded = pids
+
+
+def make_topics(settings: Settings) -> None:
+    """Create the namespace's topics where they are missing; raises StackError when they are there but otherwise."""
+    from streaming.topics import Topics, TopicsError, create_topics, preflight
+
+    topics = Topics(settings.namespace, settings.partitions, settings.retention_inlets_days)
+    run_blocking(lambda: create_topics(settings.kafka, topics))
+    until = time.monotonic() + 20
+    while True:  # a topic is in the metadata a moment after it was created
+        try:
+            run_blocking(lambda: preflight(settings.kafka, topics))
+            return
+        except TopicsError as error:
+            if time.monotonic() > until or "got no such topic" not in str(error):
+                raise StackError(str(error)) from error
+        time.sleep(0.1)
 
 
 def _with(settings: Settings, **changes: object) -> Settings:
