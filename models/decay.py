@@ -21,17 +21,17 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-HALF_LIVES: Final = (120.0, 900.0, 7200.0, 86400.0, 604800.0, 2419200.0, 31536000.0, math.inf)
+HALF_LIVES: Final[tuple[float, ...]] = (120.0, 900.0, 7200.0, 86400.0, 604800.0, 2419200.0, 31536000.0, math.inf)
 """The grid, s."""
 NAMES: Final = ("2min", "15min", "2h", "1d", "7d", "28d", "1y", "none")
 GRID: Final = len(HALF_LIVES)
-RATES: Final = np.array([math.log(2.0) / h for h in HALF_LIVES])
+RATES: Final[NDArray[np.float64]] = np.array([math.log(2.0) / h for h in HALF_LIVES])
 """lambda of each half-life, 1/s; 0 for none."""
 SMOOTHING: Final = 5.0
 PRIOR_COUNT: Final = 0.5
 _CELL: Final = 30.0
 _LAST_CELL: Final = 24  # exp(-30 * 24) is below the smallest normal number's reach of any count
-STEPS: Final = np.array([math.exp(-_CELL * k) for k in range(_LAST_CELL + 1)])
+STEPS: Final[NDArray[np.float64]] = np.array([math.exp(-_CELL * k) for k in range(_LAST_CELL + 1)])
 """exp(-30 k) by k: what a count is worth k cells later."""
 
 F64 = NDArray[np.float64]
@@ -52,6 +52,12 @@ def cell_of(rate, t):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def steps_between(cell, later):  # type: ignore[no-untyped-def]
+    """Return the place in STEPS of a count kept at `cell` and read at cell `later`."""
+    return min(max(np.int64(later) - np.int64(cell), np.int64(0)), np.int64(24))
+
+
+@njit(cache=True)
 def add(weights, cells, t):  # type: ignore[no-untyped-def]
     """Add one event at time t to the eight counts (weights f64[8], cells i32[8]) of one row."""
     for h in range(8):
@@ -59,8 +65,7 @@ def add(weights, cells, t):  # type: ignore[no-untyped-def]
         if weights[h] == 0.0:
             cells[h] = cell
         elif cell > cells[h]:
-            dk = np.int64(cell) - np.int64(cells[h])
-            weights[h] *= STEPS[min(dk, 24)]
+            weights[h] *= STEPS[steps_between(cells[h], cell)]
             cells[h] = cell
         weights[h] += exp(min(RATES[h] * t - 30.0 * cells[h], 30.0))
 
@@ -72,7 +77,7 @@ def at_time(now, totals, total_cells, cells_now, scale):  # type: ignore[no-unty
     for h in range(8):
         cells_now[h] = cell_of(RATES[h], now)
         scale[h] = exp(min(max(30.0 * cells_now[h] - RATES[h] * now, -30.0), 30.0))
-        dk = min(max(np.int64(cells_now[h]) - np.int64(total_cells[h]), 0), 24)
+        dk = steps_between(total_cells[h], cells_now[h])
         out[h] = totals[h] * STEPS[dk] * scale[h]
     return out
 
@@ -82,7 +87,7 @@ def popularities(weights, cells, cells_now, scale, totals, items, out):  # type:
     """Fill out f64[8] with P_h of one row, given `at_time`'s cells, scale and decayed totals."""
     p = (weights[7] + 0.5) / (totals[7] + 0.5 * items)
     for h in range(7, -1, -1):
-        dk = min(max(np.int64(cells_now[h]) - np.int64(cells[h]), 0), 24)
+        dk = steps_between(cells[h], cells_now[h])
         p = (weights[h] * STEPS[dk] * scale[h] + 5.0 * p) / (totals[h] + 5.0)
         out[h] = p
 
@@ -102,35 +107,38 @@ def blend(mixture, scale, totals, items, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def scan(n, weights, cells, cells_now, blends, out):  # type: ignore[no-untyped-def]
-    """Fill out f32[c, n] with the c blended popularities (blends f64[c, 9]) of the first n rows; no exponential per row."""
-    c = len(blends)
+    """Fill out f32[c, n] with c blended popularities (blends f64[c, 9]) of the first n rows; no exponential per row."""
+    if len(blends) == 3:
+        _scan3(n, weights, cells, cells_now, blends, out)
+        return
     for i in range(n):
-        for j in range(c):
-            out[j, i] = 0.0
-        sums = np.float64(0.0)
-        if c == 3:
-            a, b, d = blends[0, 8], blends[1, 8], blends[2, 8]
+        for j in range(len(blends)):
+            p = blends[j, 8]
             for h in range(8):
-                w = weights[i, h]
-                if w != 0.0:
-                    w *= STEPS[min(max(np.int64(cells_now[h]) - np.int64(cells[i, h]), 0), 24)]
-                    a += blends[0, h] * w
-                    b += blends[1, h] * w
-                    d += blends[2, h] * w
-            out[0, i], out[1, i], out[2, i] = a, b, d
-            continue
-        for j in range(c):
-            sums = blends[j, 8]
-            for h in range(8):
-                w = weights[i, h] * STEPS[min(max(np.int64(cells_now[h]) - np.int64(cells[i, h]), 0), 24)]
-                sums += blends[j, h] * w
-            out[j, i] = sums
+                p += blends[j, h] * weights[i, h] * STEPS[steps_between(cells[i, h], cells_now[h])]
+            out[j, i] = p
+
+
+@njit(cache=True)
+def _scan3(n, weights, cells, cells_now, blends, out):  # type: ignore[no-untyped-def]
+    """`scan` of three blends in one pass."""
+    for i in range(n):
+        a, b, c = blends[0, 8], blends[1, 8], blends[2, 8]
+        for h in range(8):
+            w = weights[i, h]
+            if w != 0.0:
+                if cells[i, h] != cells_now[h]:
+                    w *= STEPS[steps_between(cells[i, h], cells_now[h])]
+                a += blends[0, h] * w
+                b += blends[1, h] * w
+                c += blends[2, h] * w
+        out[0, i], out[1, i], out[2, i] = a, b, c
 
 
 class Popularity:
     """Eight decayed counts per row, and their totals; rows are the caller's.
 
-    Arrays: weights f64[capacity, 8], cells i32[capacity, 8]; totals f64[8], total_cells i32[8]; `last` the latest time, s.
+    weights f64[capacity, 8], cells i32[capacity, 8]; totals f64[8], total_cells i32[8]; last f64[1], the latest time, s.
     """
 
     def __init__(self) -> None:
@@ -146,7 +154,7 @@ class Popularity:
         self.cells = grown(self.cells, capacity)
 
     def at(self, now: float) -> tuple[I32, F64, F64, float]:
-        """Return (cells_now, scale, decayed totals, time): the frame in which rows are read at `now`, or at the last event if later."""
+        """Return (cells, scale, decayed totals, time): how rows are read at `now`, or at the last event if that is later."""
         time = max(now, float(self.last[0]))
         cells, scale = np.empty(GRID, np.int32), np.empty(GRID)
         return cells, scale, at_time(time, self.totals, self.total_cells, cells, scale), time
@@ -163,7 +171,7 @@ class Popularity:
 
 
 def grown(array: NDArray[Any], capacity: int, fill: float = 0) -> NDArray[Any]:
-    """Return the array with its first axis at `capacity`, new places filled; the same array where it is large enough."""
+    """Return the array with its first axis at `capacity`, new places filled; itself where it is large enough."""
     if len(array) >= capacity:
         return array
     out = np.full((capacity, *array.shape[1:]), fill, array.dtype)

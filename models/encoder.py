@@ -1,4 +1,4 @@
-"""The training step of item vectors and user encoder: sampled softmax over recent targets, gradients written by hand in torch.
+"""The training step of item vectors and user encoder: sampled softmax over recent targets, gradients by hand.
 
     loss = -log softmax(q . E[c] + b[c])[target] over the target, the batch's other targets and 512 of the last 4,096
 
@@ -34,7 +34,7 @@ I64 = NDArray[np.int64]
 
 
 @njit(cache=True)
-def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, target_at):  # type: ignore[no-untyped-def]  # noqa: E501
+def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, target_at):  # type: ignore[no-untyped-def]
     """Collect the distinct rows of a step; returns how many. `local` i32[capacity] is -1 everywhere and is left so.
 
     counts f32: how often each row stands as a negative (drawn copies, and once per target of the batch).
@@ -69,8 +69,9 @@ def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, t
         local[rows[i]] = -1
     return n
 
+
 @njit(cache=True)
-def _forward(rows, counts, target_at, history, vectors, bias, positions, start, share, user, offsets):  # type: ignore[no-untyped-def]  # noqa: E501
+def _forward(rows, counts, target_at, history, vectors, bias, positions, start, share, user, offsets):  # type: ignore[no-untyped-def]
     """Fill share f32[b, 21] (attention), user f32[b, 2d] (pooled, newest) and offsets f32[b, n] (b_c + log count)."""
     d = len(start)
     for i in range(len(history)):
@@ -107,7 +108,7 @@ def _toward(target_at, g):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, positions, start, squares, bias_squares, position_squares, start_square):  # type: ignore[no-untyped-def]  # noqa: E501
+def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, positions, start, squares, bias_squares, position_squares, start_square):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Add the histories' part to gradient f32[n, d], then take the Adagrad steps of rows, biases, positions, start."""
     n, d = gradient.shape
     for c in range(n):
@@ -162,7 +163,6 @@ def _adagrad_row(vector, gradient, squares, at):  # type: ignore[no-untyped-def]
         vector[j] -= rate * gradient[j]
 
 
-
 class Encoder:
     """The optimiser of one `Factors`, and the ring of recent targets that negatives are drawn from.
 
@@ -196,7 +196,7 @@ class Encoder:
             self._tensors = {}
 
     def step(self, targets: I64, history: I64, seed: int) -> tuple[float, I64]:
-        """Take one step on target rows i64[b] with histories i64[b, 20] (-1 = none); returns (summed loss, changed rows)."""
+        """Take one step on target rows i64[b], histories i64[b, 20] (-1 = none); returns (summed loss, changed rows)."""
         self.grow()
         b = len(targets)
         rows = np.empty(b * (POSITIONS + 1) + NEGATIVES, np.int64)

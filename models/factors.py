@@ -1,4 +1,4 @@
-"""Item vectors and the user encoder: what an item is, given what it follows. Knows nothing about popularity or channels.
+"""Item vectors and the user encoder: what an item is, given what it follows. Knows nothing about popularity.
 
     q = W sum_p a_p E[h_p] + W2 E[h0],   a = softmax(position logits) over the last 20 items and a start token
     logit(y) = q . E[y] + b_y            (trained by sampled softmax; scoring adds the log prior)
@@ -168,7 +168,7 @@ def read_rows(blobs: list[bytes], dtype: np.dtype[Any], *, form: int) -> NDArray
     for blob in blobs:
         if len(blob) != dtype.itemsize or blob[0] != 1 or blob[1] != form:
             raise CodecError(
-                f"model row: expected version 1, form {form}, {dtype.itemsize} bytes; got {blob[:2].hex()}, {len(blob)} bytes"
+                f"model row: expected version 1, form {form}, {dtype.itemsize} B; got {blob[:2].hex()}, {len(blob)} B"
             )
     return np.frombuffer(b"".join(blobs), dtype)
 

@@ -93,6 +93,7 @@ class Items:
         self.b_weights: F64 = np.zeros((0, K))
         self.b_sums: F64 = np.zeros(0)
         self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._named: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.ids: list[str] = []
         self.catalogue: dict[int, CatalogueItem] = {}
         self.by_category: dict[str, set[int]] = {}
@@ -106,7 +107,7 @@ class Items:
     @property
     def eligible(self) -> NDArray[np.bool_]:
         """bool[n]: may be served."""
-        return self.hidden[: self.n] == 0
+        return np.equal(self.hidden[: self.n], 0)
 
     def grow(self) -> None:
         """Follow the shared rows: every array reaches their capacity."""
@@ -124,7 +125,7 @@ class Items:
         self.a_items, self.b_items = grown(self.a_items, capacity, -1), grown(self.b_items, capacity, -1)
         self.a_weights, self.b_weights = grown(self.a_weights, capacity), grown(self.b_weights, capacity)
         self.a_sums, self.b_sums = grown(self.a_sums, capacity), grown(self.b_sums, capacity)
-        self._touched = grown(self._touched, capacity)
+        self._touched, self._named = grown(self._touched, capacity), grown(self._named, capacity)
 
     def arrays(self) -> ItemArrays:
         """Return the arrays that kernels read."""
@@ -166,12 +167,12 @@ class Items:
             if key:
                 row = rows[at]
                 at += 1
-                if text and not self.ids[row]:
+                if text and not self._named[row]:
                     self._set_id(row, text)
 
     def _set_id(self, row: int, text: str) -> None:
         self.ids[row] = text
-        self._touched[row] = True
+        self._named[row] = self._touched[row] = True
         self._refresh(row)
 
     def _refresh(self, row: int) -> None:
@@ -201,7 +202,8 @@ class Items:
 
     def pack(self, rows: I64) -> list[bytes]:
         """Return the packed bytes of these rows: behaviour and id, by the module's layout."""
-        ids = [self.ids[row].encode() for row in rows]
+        # An id that only the catalogue told is not behaviour: `items` and `examples` have no common order.
+        ids = [self.ids[row].encode() if self._named[row] else b"" for row in rows.tolist()]
         sizes = _sizes(rows, self.a_items, self.b_items)
         start = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(sizes, out=start[1:])
@@ -216,7 +218,7 @@ class Items:
         return [data[a:b] + text for a, b, text in zip(cuts[:-1], cuts[1:], ids, strict=True)]
 
     def load(self, keys: U64, blobs: list[bytes]) -> I64:
-        """Replace the behaviour of the rows of `keys` u64[k] by packed values and return the rows; raises CodecError."""
+        """Replace the behaviour of the rows of `keys` u64[k] by packed values, return the rows; raises CodecError."""
         sizes = np.fromiter((_words(blob) for blob in blobs), np.int64, len(blobs))
         start = np.zeros(len(blobs) + 1, np.int64)
         np.cumsum(sizes, out=start[1:])
@@ -232,7 +234,8 @@ class Items:
             self.a_items, self.a_weights, self.a_sums, self.b_items, self.b_weights, self.b_sums,
         )  # fmt: skip
         for row, blob, size in zip(rows.tolist(), blobs, sizes.tolist(), strict=True):
-            if len(blob) > 8 * size and not self.ids[row]:
+            if len(blob) > 8 * size and not self._named[row]:
+                self._named[row] = True
                 self.ids[row] = blob[8 * size :].decode()
                 self._refresh(row)
         return rows
@@ -271,7 +274,7 @@ def _recent(history_start, history_item):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _fold(target, targets, flags, time, start, history, weights, cells, totals, total_cells, latest, first, last, outcomes, a_items, a_weights, a_sums, b_items, b_weights, b_sums, touched):  # type: ignore[no-untyped-def]  # noqa: E501
+def _fold(target, targets, flags, time, start, history, weights, cells, totals, total_cells, latest, first, last, outcomes, a_items, a_weights, a_sums, b_items, b_weights, b_sums, touched):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Fold entries one at a time; the only place where behaviour changes (exposure apart)."""
     at = 0
     for i in range(len(target)):
@@ -288,12 +291,14 @@ def _fold(target, targets, flags, time, start, history, weights, cells, totals, 
             first[row], last[row] = min(first[row], t), max(last[row], t)
             if flags[i] & SHOWN:
                 outcomes[row] += 1
-            follow(row, history[start[i] : start[i + 1]], a_items, a_weights, a_sums, b_items, b_weights, b_sums, touched)  # noqa: E501
+            follow(
+                row, history[start[i] : start[i + 1]], a_items, a_weights, a_sums, b_items, b_weights, b_sums, touched
+            )
 
 
 @njit(cache=True)
 def _length(items, row):  # type: ignore[no-untyped-def]
-    n = 0
+    n = np.int64(0)
     while n < items.shape[1] and items[row, n] >= 0:
         n += 1
     return n
@@ -308,7 +313,13 @@ def _sizes(rows, a_items, b_items):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _pack(words, floats, halves, start, rows, id_lengths, keys, weights, cells, first, last, shown, outcomes, a_items, a_weights, a_sums, b_items, b_weights, b_sums):  # type: ignore[no-untyped-def]  # noqa: E501
+def _counts(word):  # type: ignore[no-untyped-def]
+    """Return the lengths of both lists, off a row's first word."""
+    return np.int64(word >> np.uint64(8)) & 255, np.int64(word >> np.uint64(16)) & 255
+
+
+@njit(cache=True)
+def _pack(words, floats, halves, start, rows, id_lengths, keys, weights, cells, first, last, shown, outcomes, a_items, a_weights, a_sums, b_items, b_weights, b_sums):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     for i in range(len(rows)):
         row, at = rows[i], start[i]
         a, b = _length(a_items, row), _length(b_items, row)
@@ -319,14 +330,14 @@ def _pack(words, floats, halves, start, rows, id_lengths, keys, weights, cells, 
         floats[at + 13], floats[at + 14] = first[row], last[row]
         words[at + 15], words[at + 16] = np.uint64(shown[row]), np.uint64(outcomes[row])
         floats[at + 17], floats[at + 18] = a_sums[row], b_sums[row]
-        at += 19
+        after = at + 19
         for k in range(a):
-            words[at + k] = keys[a_items[row, k]]
-            floats[at + a + k] = a_weights[row, k]
-        at += 2 * a
+            words[after + k] = keys[a_items[row, k]]
+            floats[after + a + k] = a_weights[row, k]
+        after += 2 * a
         for k in range(b):
-            words[at + k] = keys[b_items[row, k]]
-            floats[at + b + k] = b_weights[row, k]
+            words[after + k] = keys[b_items[row, k]]
+            floats[after + b + k] = b_weights[row, k]
 
 
 @njit(cache=True)
@@ -335,7 +346,7 @@ def _neighbour_words(words, start):  # type: ignore[no-untyped-def]
     out = np.empty(len(words), np.int64)
     n = 0
     for i in range(len(start) - 1):
-        a, b = np.int64(words[start[i]] >> np.uint64(8)) & 255, np.int64(words[start[i]] >> np.uint64(16)) & 255
+        a, b = _counts(words[start[i]])
         at = start[i] + 19
         for k in range(a):
             out[n + k] = at + k
@@ -347,28 +358,28 @@ def _neighbour_words(words, start):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _load(words, floats, halves, start, rows, neighbours, weights, cells, first, last, shown, outcomes, a_items, a_weights, a_sums, b_items, b_weights, b_sums):  # type: ignore[no-untyped-def]  # noqa: E501
+def _load(words, floats, halves, start, rows, neighbours, weights, cells, first, last, shown, outcomes, a_items, a_weights, a_sums, b_items, b_weights, b_sums):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     n = 0
     for i in range(len(rows)):
         row, at = rows[i], start[i]
-        a, b = np.int64(words[at] >> np.uint64(8)) & 255, np.int64(words[at] >> np.uint64(16)) & 255
+        a, b = _counts(words[at])
         for h in range(8):
             weights[row, h] = floats[at + 1 + h]
             cells[row, h] = halves[2 * (at + 9) + h]
         first[row], last[row] = floats[at + 13], floats[at + 14]
         shown[row], outcomes[row] = np.int64(words[at + 15]), np.int64(words[at + 16])
         a_sums[row], b_sums[row] = floats[at + 17], floats[at + 18]
-        at += 19
+        after = at + 19
         a_items[row, :] = -1
         b_items[row, :] = -1
         a_weights[row, :] = 0.0
         b_weights[row, :] = 0.0
         for k in range(a):
             a_items[row, k] = neighbours[n + k]
-            a_weights[row, k] = floats[at + a + k]
+            a_weights[row, k] = floats[after + a + k]
         n += a
-        at += 2 * a
+        after += 2 * a
         for k in range(b):
             b_items[row, k] = neighbours[n + k]
-            b_weights[row, k] = floats[at + b + k]
+            b_weights[row, k] = floats[after + b + k]
         n += b

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from models.decay import Popularity, add, at_time, grown, popularities
 from models.encoder import Encoder
-from models.examples import ENTERS, IMPRESSION, VIEW, VOICE, Entries, Shown
+from models.examples import ENTERS, IMPRESSION, VIEW, Entries, Shown
 from models.factors import POSITIONS, cut, mix64, pack_named, read_rows, unpack_named
 from models.model import STATE_FORM, STATE_ROW, Model
 from models.ranker import F
@@ -158,7 +158,7 @@ class Learner:
         return None
 
     def _rank(self, held: Held, target: int, out: Learned) -> None:
-        """One listwise step; without logged candidates, against what was viewed or stands down to one below the lowest choice."""
+        """One listwise step; without logged candidates, against what was viewed or stands above one below the last choice."""
         x = held.shown.features.astype(np.float64)
         place = int(np.flatnonzero(held.shown.candidates == target)[0])
         if not held.listed:
@@ -191,7 +191,7 @@ class Learner:
         out.encoder_loss += loss
 
     def step_seed(self, entries: Entries) -> int:
-        """Return the negatives' seed of a micro-batch: a function of its first source position and the learner's seed."""
+        """Return the negatives' seed of a micro-batch, from its first source position and the learner's seed."""
         first = (int(entries.partition[0]) << 48) ^ (int(entries.offset[0]) << 8) ^ int(entries.index[0])
         return int(mix64(np.uint64(mix64(np.uint64(self.seed)) ^ np.uint64(first & 0xFFFFFFFFFFFFFFFF))))
 
@@ -217,7 +217,7 @@ class Learner:
         return rows
 
     def dense_state(self) -> bytes:
-        """Return everything that is not per item: the model's dense weights, optimiser, totals, ring of recent targets."""
+        """Return everything that is not per item: dense weights, optimiser, totals, ring of recent targets."""
         encoder = self.encoder
         return pack_named(
             {
@@ -288,6 +288,3 @@ def _count(targets, flags, time, weights, cells, totals, total_cells, latest, mi
             add(weights[row], cells[row], time[i])
             add(totals, total_cells, time[i])
             latest[0] = max(latest[0], time[i])
-
-
-assert VOICE == 2

@@ -1,7 +1,7 @@
 """Full-catalogue ranks and what is made of them: hit rate, NDCG, MRR, bootstrap over users. Knows nothing about models.
 
-A target's rank is the number of items above it plus half of those that tie with it (0 = first, infinity = not retrieved):
-a model that scores everything alike gets the middle, not the top.
+A target's rank is the number of items above it plus half of those that tie with it (0 = first, inf = not retrieved): a
+model that scores everything alike gets the middle, not the top.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Model:
         }  # fmt: skip
 
     def set_dense(self, values: dict[str, Any]) -> None:
-        """Copy named values into the weights; ranker weights go by feature name, unknown features keep their birth value."""
+        """Copy named values into the weights; ranker weights go by feature name, new ones keep their birth value."""
         factors, ranker = self.factors, self.ranker
         self.step = int(values["step"])
         self.mixture[:] = values["mixture"]

@@ -1,4 +1,4 @@
-"""Named features of (user, item, now) and the online linear ranker over them. Knows nothing about where candidates come from.
+"""Named features of (user, item, now) and the online linear ranker over them. Knows nothing about retrieval.
 
     score(y) = sum_f w_f clip((x_f(y) - mean_f) / sd_f, -5, 5)
 
@@ -90,10 +90,10 @@ def _lift(count, total, prior):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def features(rows, place, history, times, now, items, born, cells_now, scale, totals, known, mixture, vectors, bias, q, out):  # type: ignore[no-untyped-def]  # noqa: E501
+def features(rows, place, history, times, now, items, born, cells_now, scale, totals, known, mixture, vectors, bias, q, out):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Fill out f64[m, F] with the features of candidate rows i64[m].
 
-    `place` i32[capacity] is -1 everywhere and is left so; history i64[h] rows newest first (-1 unknown), times f64[h] (s).
+    `place` i32[n] is -1 everywhere and is left so; history i64[h] rows newest first (-1 unknown), times f64[h] (s).
     """
     m, h = len(rows), len(history)
     h0 = history[0] if h > 0 else np.int64(-1)
@@ -236,9 +236,7 @@ class Ranker:
         return out
 
     def learn(self, x: F64, label: int) -> float:
-        """Take one listwise step on features f64[m, F] with the chosen item at row `label`; returns the loss before it."""
+        """Take one listwise step on features f64[m, F], the chosen item at row `label`; returns the loss before it."""
         if len(x) < 2 or not np.isfinite(x).all():
             return 0.0
-        return float(
-            _learn(x, label, self.weights, self.squares, self.mean, self.variance, self.lists, self._gradient)
-        )
+        return float(_learn(x, label, self.weights, self.squares, self.mean, self.variance, self.lists, self._gradient))

@@ -1,7 +1,7 @@
 """Retrieve -> rank -> draw -> explain, written once: what serving answers and what replay measures.
 
-One synchronous call on arrays, no I/O, no clock (`now` is given; `clock` only times the stages of a trace). Randomness is
-Philox of the slate id. Knows nothing about HTTP, Redis or how the arrays came to be.
+One synchronous call on arrays, no I/O, no clock (`now` is given; `clock` only times the stages of a trace). Randomness
+is Philox of the slate id. Knows nothing about HTTP, Redis or how the arrays came to be.
 
 Slots are drawn one after another from the candidates that remain: with probability epsilon uniformly, else the best, so
 the best remaining item has propensity 1 - epsilon + epsilon / R, every other one epsilon / R, with R left to draw from.
@@ -24,7 +24,17 @@ from models.model import Model
 from models.ranker import FEATURES as FEATURES
 from models.ranker import F, features
 from models.retrieval import (
-    CHANNELS, FRESH, POPULAR, POPULAR_NOW, QUOTAS, RECENT, TRANSITION, VECTOR, blends, gather, top,
+    CHANNELS,
+    FRESH,
+    POPULAR,
+    POPULAR_NOW,
+    QUOTAS,
+    RECENT,
+    TRANSITION,
+    VECTOR,
+    blends,
+    gather,
+    top,
 )  # fmt: skip
 from models.rows import mark_low
 
@@ -233,7 +243,7 @@ def similar(items: Items, model: Model, key: int, n: int) -> list[tuple[int, flo
 def popular(
     items: Items, model: Model, n: int, exclude: U64, now: float, half_life: str = "prior"
 ) -> list[tuple[int, float]]:
-    """Return the n (row, probability) most popular items at `now`, by one half-life's name or the learnt prior mixture."""
+    """Return the n (row, probability) most popular items at `now`, by a half-life's name or the learnt prior."""
     items.grow()
     if not items.n:
         return []
@@ -254,7 +264,6 @@ def popular(
 
 
 def _popularity(items: Items, cells_now: NDArray[np.int32], coefficients: F64) -> F32:
-    out = np.empty((1, items.n), np.float32)
+    out: NDArray[np.float32] = np.empty((1, items.n), np.float32)
     scan(items.n, items.popularity.weights, items.popularity.cells, cells_now, coefficients[None], out)
-    return out[0]
-
+    return out.reshape(-1)

@@ -1,4 +1,4 @@
-"""Candidates: the best few of each channel over the whole catalogue, without anything excluded. Knows nothing about ranking.
+"""Candidates: the best few of each channel over the whole catalogue, excluded items apart. Knows nothing of ranking.
 
     popular_now 30 by P 15 min | popular_today 30 by P 1 d | popular 60 by the prior mixture
     transition 80 by A[h0] + .3 sum_p .8^p B[h_p] + .2 prior | vector 80 by q.E + b + log prior (exact)
@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from models.decay import blend, scan
+from models.decay import blend, popularities, scan
 from models.items import ItemArrays
 from models.ranker import dot
 
@@ -228,29 +228,18 @@ def blends(mixture: F64, scale: F64, totals: F64, known: float) -> F64:
 
 
 def ranks(items: ItemArrays, n: int, blocked: U8, row: int, frame: tuple[I32, F64, F64, float], known: float) -> F64:
-    """Return f64[8], the mid-rank (0 = best) of one row among all that are not blocked, by each half-life's popularity."""
+    """Return f64[8]: the mid-rank (0 = best) of a row among those not blocked, by each half-life's popularity."""
     out: F64 = _ranks(items.weights, items.cells, n, blocked, row, frame[0], frame[1], frame[2], known)
     return out
 
 
 @njit(cache=True)
 def _ranks(weights, cells, n, blocked, row, cells_now, scale, totals, known):  # type: ignore[no-untyped-def]
-    matrix = np.empty((8, 9))
-    one = np.zeros(8)
-    for h in range(8):
-        one[:] = 0.0
-        one[h] = 1.0
-        blend(one, scale, totals, known, matrix[h])
-    scores = np.empty((8, n), np.float32)
-    scan(n, weights, cells, cells_now, matrix, scores)
-    out = np.zeros(8)
-    for h in range(8):
-        mine = scores[h, row]
-        above = 0
-        equal = 0
-        for i in range(n):
-            if not blocked[i]:
-                above += scores[h, i] > mine
-                equal += scores[h, i] == mine
-        out[h] = above + 0.5 * (equal - 1)
-    return out
+    out, mine, p = np.full(8, -0.5), np.empty(8), np.empty(8)
+    popularities(weights[row], cells[row], cells_now, scale, totals, known, mine)
+    for i in range(n):
+        if not blocked[i]:
+            popularities(weights[i], cells[i], cells_now, scale, totals, known, p)
+            for h in range(8):
+                out[h] += 1.0 if p[h] > mine[h] else 0.5 if p[h] == mine[h] else 0.0
+    return np.maximum(out, 0.0)
