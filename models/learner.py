@@ -158,7 +158,7 @@ class Learner:
         return None
 
     def _rank(self, held: Held, target: int, out: Learned) -> None:
-        """One listwise step; without logged candidates, against what was viewed or stands above one below the last choice."""
+        """One listwise step; without logged candidates, against what was viewed or stands above one below a choice."""
         x = held.shown.features.astype(np.float64)
         place = int(np.flatnonzero(held.shown.candidates == target)[0])
         if not held.listed:

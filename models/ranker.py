@@ -229,6 +229,10 @@ class Ranker:
         self.lists: F64 = np.zeros(1)
         self._gradient: F64 = np.empty(F)
 
+    def named(self) -> dict[str, float]:
+        """Return the weights by feature name, for people to read."""
+        return {name: round(float(weight), 4) for name, weight in zip(FEATURES, self.weights, strict=True)}
+
     def score(self, x: F64) -> F64:
         """Return the scores f64[m] of features f64[m, F]; each row's score depends on that row alone."""
         out = np.empty(len(x))

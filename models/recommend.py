@@ -125,7 +125,7 @@ def recommend(
     frame = items.popularity.at(request.now)
     own = items.rows.find(history.items[:HISTORY_LIMIT])
     own_times = history.times[:HISTORY_LIMIT]
-    blocked = _blocked(items, history, request)
+    blocked = blocked_rows(items, history, request)
     q = model.factors.encode(own)
     place = np.full(n, -1, np.int32)
     arrays = items.arrays()
@@ -155,7 +155,8 @@ def recommend(
     return slate
 
 
-def _blocked(items: Items, history: History, request: Request) -> U8:
+def blocked_rows(items: Items, history: History, request: Request) -> U8:
+    """Return u8[n]: 1 for rows that may not enter: hidden, seen, excluded, of another category."""
     blocked = items.hidden[: items.n].copy()
     table, keys = items.rows.table, items.rows.keys
     if request.seen == "exclude" and len(history.seen):

@@ -1,0 +1,244 @@
+"""Readers of real logs: MovieLens, MovieTweetings, Online Retail and any CSV, as columns in time order.
+
+Knows nothing about models. A row that cannot be read is counted and listed with its line number, never silently
+dropped; a file that cannot be the format is an error that says where and what was expected.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from streaming.events import Action, Click, Dwell, Interaction, Rating, View
+
+FORMATS: Final = ("movielens", "movietweetings", "online-retail", "csv")
+EXCLUSIONS: Final = {"movielens": "seen", "movietweetings": "seen", "online-retail": "invoice", "csv": "none"}
+"""What a format leaves out of a slate by default."""
+COLUMNS: Final = ("user", "item", "ts", "rating", "dwell", "kind")
+LISTED: Final = 20
+
+
+class ReplayError(ValueError):
+    """A log that cannot be replayed: where, what was expected, what came."""
+
+
+@dataclass(slots=True)
+class ReplayLog:
+    """Rows in time order, ties in file order: one interaction each, and the basket it belongs to ("" for none).
+
+    bad: how many rows had unreadable values and the first of them; dropped: rows that the cleaning removed, by reason.
+    """
+
+    events: list[Interaction] = field(default_factory=list)
+    baskets: list[str] = field(default_factory=list)
+    bad: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def reject(self, where: str, problem: str) -> None:
+        """Count a bad row, and list it while the list is short."""
+        self.bad += 1
+        if len(self.bad_rows) < LISTED:
+            self.bad_rows.append(f"{where}: {problem}")
+
+    def drop(self, reason: str) -> None:
+        """Count a row that the cleaning removes."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+
+def read_log(path: Path, form: str, columns: Mapping[str, str] | None = None, limit: int | None = None) -> ReplayLog:
+    """Read a log file or folder of one of FORMATS, sorted by ts, the first `limit` rows; raises ReplayError."""
+    if form not in FORMATS:
+        raise ReplayError(f"--format: expected one of {', '.join(FORMATS)}, got {form!r}")
+    if columns and form != "csv":
+        raise ReplayError("--columns: goes with --format csv only")
+    file = _file(path, form)
+    log = ReplayLog()
+    try:
+        {"movielens": _movielens, "movietweetings": _movietweetings, "online-retail": _retail}.get(
+            form, lambda f, g: _csv(f, g, columns or {})
+        )(file, log)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ReplayError(f"{file}: expected a gzip file, got something else ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ReplayError(f"{file}: expected utf-8 text, got byte {error.object[error.start]:#04x}") from error
+    if not log.events:
+        listed = "".join(f"\n  {row}" for row in log.bad_rows[:3])
+        raise ReplayError(f"{file}: expected at least one event, got none ({log.bad} unreadable rows){listed}")
+    order = sorted(range(len(log.events)), key=lambda i: log.events[i].ts)[:limit]
+    log.events, log.baskets = [log.events[i] for i in order], [log.baskets[i] for i in order]
+    return log
+
+
+def _file(path: Path, form: str) -> Path:
+    names = {"movielens": "ratings.csv", "movietweetings": "ratings.dat", "online-retail": "online-retail.csv"}
+    if path.is_dir():
+        if form not in names:
+            raise ReplayError(f"{path}: expected a file for --format {form}, got a folder")
+        for name in (names[form], names[form] + ".gz"):
+            if (path / name).is_file():
+                return path / name
+        raise ReplayError(f"{path}: expected {names[form]} or {names[form]}.gz in it, found neither")
+    if not path.is_file():
+        raise ReplayError(f"{path}: no such file or folder")
+    if path.stat().st_size == 0:
+        raise ReplayError(f"{path}: the file is empty")
+    return path
+
+
+def _lines(file: Path) -> Iterator[str]:
+    if file.suffix == ".gz":
+        with gzip.open(file, "rt", encoding="utf-8-sig", newline="") as lines:
+            yield from lines
+    else:
+        with file.open("rt", encoding="utf-8-sig", newline="") as lines:
+            yield from lines
+
+
+def _table(file: Path, log: ReplayLog, wanted: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (file:line, the wanted columns) of a CSV with a header."""
+    reader = csv.reader(_lines(file))
+    header = [name.strip() for name in next(reader, [])]
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise ReplayError(
+            f"{file}:1: expected the column{'s' * (len(missing) > 1)} {', '.join(missing)},"
+            f" got {', '.join(header) or 'nothing'}"
+        )
+    places = [header.index(name) for name in wanted]
+    last = max(places)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            log.reject(f"{file.name}:{reader.line_num}", str(error))
+            continue
+        if len(row) > last:
+            yield f"{file.name}:{reader.line_num}", [row[place] for place in places]
+        elif row:
+            log.reject(f"{file.name}:{reader.line_num}", f"expected {len(header)} columns, got {len(row)}")
+
+
+def _add(log: ReplayLog, where: str, make: Callable[[], Interaction], basket: str = "") -> None:
+    """Make one event and append it, or list the row as bad."""
+    try:
+        event = make()
+        if not event.user_id or not event.item_id:
+            raise ValueError("expected a user and an item, got an empty one")
+    except ValueError as error:
+        log.reject(where, str(error))
+        return
+    log.events.append(event)
+    log.baskets.append(basket)
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{what}: expected a number, got {text[:40]!r}")
+    return value
+
+
+def _time(text: str, what: str = "ts") -> float:
+    """Read seconds since the epoch, or an ISO date (UTC where it names no zone)."""
+    try:
+        ts = float(text)
+    except ValueError:
+        try:
+            date = datetime.fromisoformat(text.strip())
+        except ValueError:
+            raise ValueError(f"{what}: expected seconds or an ISO date, got {text[:40]!r}") from None
+        ts = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    if not 0.0 <= ts < 1e11:
+        raise ValueError(f"{what}: expected seconds since the epoch (not ms), got {text[:40]!r}")
+    return ts
+
+
+def _rating(user: str, item: str, value: str, scale: tuple[float, float], ts: str) -> Interaction:
+    number = _number(value, "rating")
+    if not scale[0] <= number <= scale[1]:
+        raise ValueError(f"rating: expected {scale[0]:g} to {scale[1]:g}, got {value}")
+    return Rating(user_id=user, item_id=item, value=number, scale=scale, ts=_time(ts, "timestamp"))
+
+
+def _movielens(file: Path, log: ReplayLog) -> None:
+    for where, (user, item, value, ts) in _table(file, log, ("userId", "movieId", "rating", "timestamp")):
+        _add(log, where, lambda u=user, i=item, r=value, t=ts: _rating(u, i, r, (0.5, 5.0), t))  # type: ignore[misc]
+
+
+def _movietweetings(file: Path, log: ReplayLog) -> None:
+    for number, line in enumerate(_lines(file), 1):
+        parts = line.rstrip("\r\n").split("::")
+        if len(parts) != 4:
+            if line.strip():
+                log.reject(f"{file.name}:{number}", f"expected user::item::rating::timestamp, got {line[:40]!r}")
+            continue
+        _add(log, f"{file.name}:{number}", lambda p=parts: _rating(p[0], p[1], p[2], (0.0, 10.0), p[3]))  # type: ignore[misc]
+
+
+def _retail(file: Path, log: ReplayLog) -> None:
+    """Clean as the recipe says: no cancellations, no returns, product codes only, a code once per invoice."""
+    bought: set[tuple[str, str]] = set()
+    wanted = ("InvoiceNo", "StockCode", "Quantity", "InvoiceDate", "CustomerID")
+    for where, (invoice, code, quantity, date, customer) in _table(file, log, wanted):
+        try:
+            amount = _number(quantity, "Quantity")
+        except ValueError as error:
+            log.reject(where, str(error))
+            continue
+        if invoice.startswith("C"):
+            log.drop("cancellation")
+        elif amount <= 0:
+            log.drop("quantity not positive")
+        elif not (len(code) >= 5 and code[:5].isdigit()):
+            log.drop("not a product code")
+        elif (invoice, code) in bought:
+            log.drop("code repeated in its invoice")
+        else:
+            bought.add((invoice, code))
+            # A purchase of the newest item would update its entry; as clicks every line is an entry of its own.
+            user = customer.removesuffix(".0") or f"invoice {invoice}"
+            _add(
+                log, where, lambda u=user, c=code, d=date: Click(user_id=u, item_id=c, ts=_time(d, "InvoiceDate")),  # type: ignore[misc]
+                invoice,
+            )  # fmt: skip
+
+
+def _csv(file: Path, log: ReplayLog, columns: Mapping[str, str]) -> None:
+    unknown = [name for name in columns if name not in COLUMNS]
+    if unknown:
+        raise ReplayError(f"--columns: expected {', '.join(COLUMNS)}, got {', '.join(unknown)}")
+    names = {"user": "user", "item": "item", "ts": "ts", **columns}
+    fields = list(names)
+    rows = list(_table(file, log, tuple(names.values())))
+    values = [float(row[fields.index("rating")] or "nan") for _, row in rows] if "rating" in names else []
+    finite = [value for value in values if math.isfinite(value)]
+    scale = (min(finite), max(finite)) if len(set(finite)) > 1 else (0.0, max([1.0, *finite]))
+    for where, row in rows:
+        _add(log, where, lambda r=dict(zip(fields, row, strict=True)): _interaction(r, scale))  # type: ignore[misc]
+
+
+def _interaction(row: dict[str, str], scale: tuple[float, float]) -> Interaction:
+    """Read a CSV row: its kind by the column `kind`, else by which of rating and dwell it has, else a click."""
+    user, item, ts = row["user"], row["item"], _time(row["ts"])
+    kind = row.get("kind") or ("rating" if row.get("rating") else "dwell" if row.get("dwell") else "click")
+    if kind == "rating":
+        return Rating(user_id=user, item_id=item, ts=ts, value=_number(row.get("rating", ""), "rating"), scale=scale)
+    if kind == "dwell":
+        return Dwell(user_id=user, item_id=item, ts=ts, seconds=_number(row.get("dwell", ""), "dwell"))
+    if kind == "click":
+        return Click(user_id=user, item_id=item, ts=ts)
+    if kind == "view":
+        return View(user_id=user, item_id=item, ts=ts)
+    return Action(user_id=user, item_id=item, ts=ts, name=kind)
