@@ -9,6 +9,7 @@ Files, the lowest first:
     store       a real Redis server
     stack       the supervisor of a local stack, as a library
     status      what `freshet status` tells
+    demo        what `freshet demo` shows in the terminal
     bench       what `freshet bench` measures
     cli         the console command: imports everything else, lazily
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -59,8 +58,9 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def imports(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of what a file imports; `from a import b` yields `a.b`. Type-checking blocks do not count."""
+@cache
+def imports(path: Path, *, top_only: bool = False) -> list[tuple[str, int]]:
+    """(dotted name, line) of what a file imports; of `from a import b`: `a.b`. Type-checking blocks do not count."""
     skipped = {
         id(inner)
         for node in ast.walk(tree(path))
@@ -73,14 +73,16 @@ def imports(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for inner in ast.walk(node)
     }
+    found: list[tuple[str, int]] = []
     for node in ast.walk(tree(path)):
         if id(node) in skipped or (top_only and id(node) in inside):
             continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import; packages are imported by folder name"
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
 
 
 def module_of(path: Path) -> str:
