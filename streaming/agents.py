@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from infra.settings import Settings
+from infra.telemetry import EXIT_FOR_GOOD
 from models.examples import CodecError, Entries, HoleError, accept
 from models.items import CatalogueItem, Items
 from models.rows import Rows
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 
 EX_AGAIN: Final = 70
 """Exit status: start me again, I go on from what is committed."""
-EX_STOPPED: Final = 78
-"""Exit status: do not start me again before a person has looked."""
 MICRO_BATCH: Final = 1000
 REFUSALS: Final = 5
 ROWS_EVERY_S: Final = 1.0
@@ -137,7 +136,7 @@ class UserAgent:
             read = reads[tp.partition]
             if read.cluster and read.cluster != self._cluster:
                 leave(
-                    EX_STOPPED,
+                    EXIT_FOR_GOOD,
                     f"profiles of partition {tp.partition} were folded from cluster/partitions {read.cluster}, this is"
                     f" {self._cluster}: point FRESHET_KAFKA at that cluster, or rebuild into a new namespace",
                 )
@@ -180,7 +179,8 @@ class UserAgent:
             tps = {TP(self._topics.events, part.partition) for part in parts}
             if tps & self._progress.fresh_after_seek:
                 leave(
-                    EX_STOPPED, f"{error}. It is still there right after a seek: `freshet rebuild` folds what is left"
+                    EXIT_FOR_GOOD,
+                    f"{error}. Still so right after a seek: `freshet rebuild` folds what is left",
                 )
             leave(EX_AGAIN, f"{error}. Starting again from what is committed")
             raise
@@ -245,7 +245,7 @@ class ItemAgent:
             head = await persist("seek", self._store.head)
             if head.get("cluster", b"").decode() not in ("", self._cluster):
                 leave(
-                    EX_STOPPED,
+                    EXIT_FOR_GOOD,
                     f"item rows were folded from cluster/partitions {head['cluster'].decode()}, this is"
                     f" {self._cluster}:"
                     " point FRESHET_KAFKA at that cluster, or rebuild into a new namespace",
@@ -297,7 +297,7 @@ class ItemAgent:
             self.next = offset + 1
             return
         except HoleError as error:
-            leave(EX_STOPPED, f"{error}: examples lost records; `freshet rebuild` folds what is left")
+            leave(EXIT_FOR_GOOD, f"{error}: examples lost records; `freshet rebuild` folds what is left")
             raise
         changed = self.items.fold(entries).tolist()
         self._to_commit.update(changed)
@@ -350,11 +350,7 @@ class ItemAgent:
             if self.next <= self.committed:
                 return
             rows = np.array(sorted(self._to_commit), np.int64)
-            head = {
-                "next": str(self.next),
-                "marks": msgspec.json.encode({str(p): o for p, o in sorted(self.marks.items())}),
-                "totals": self.items.pack_totals(), "cluster": self._cluster,
-            }  # fmt: skip
+            head = self.head(self.next, self.marks, self.items, self._cluster)
             keys, values = self.items.rows.keys[rows].tolist(), self.items.pack(rows)
             stored = await persist(
                 "commit", lambda: self._store.commit(expected=self.committed, head=head, keys=keys, values=values)
@@ -368,6 +364,12 @@ class ItemAgent:
             self._to_commit.clear()
             self._since_commit = 0
         self._progress.move(self._examples, self.committed)
+
+    @staticmethod
+    def head(following: int, marks: dict[int, int], items: Items, cluster: str) -> dict[str, Any]:
+        """Return what is committed beside the rows: next offset, marks, totals, cluster."""
+        packed = msgspec.json.encode({str(p): o for p, o in sorted(marks.items())})
+        return {"next": str(following), "marks": packed, "totals": items.pack_totals(), "cluster": cluster}
 
     async def tick(self) -> None:
         """Feed and commit in their periods, for ever."""

@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.factors import DIM, Factors, decayed_embeddings
+from models.factors import DIM, decayed_embeddings
+from models.model import Model
 from models.profile import Profiles
 from models.rows import Rows
 from streaming.state import Keys, ModelStore, StoreUnavailable, feed_top, read_feed
@@ -30,7 +31,7 @@ class LiveEmbeddings:
     def __init__(self, client: Any, keys: Keys) -> None:
         self._client, self._keys = client, keys
         self._rows = Rows()
-        self._factors = Factors(rows=self._rows)
+        self._model = Model(rows=self._rows)
         self.step = 0
 
     def embed(self, profiles: Profiles, picked: NDArray[np.int64]) -> list[bytes]:
@@ -43,7 +44,7 @@ class LiveEmbeddings:
         at = self._rows.find(items)
         vectors = np.zeros((n, DIM), np.float32)
         known = at >= 0
-        vectors[known] = self._factors.vectors[at[known]]
+        vectors[known] = self._model.factors.vectors[at[known]]
         embedding = decayed_embeddings(
             np.where(known, items, 0), profiles.time[row, :n], profiles.times[row, 1], vectors
         )
@@ -58,7 +59,7 @@ class LiveEmbeddings:
                 for entry_id, delta in await read_feed(self._client, self._keys.model_feed, last, block_ms=2000):
                     last = entry_id
                     if delta.keys:
-                        self._factors.load_rows(np.array(delta.keys, np.uint64), list(delta.values))
+                        self._model.load_rows(np.array(delta.keys, np.uint64), list(delta.values))
                     self.step = delta.step
             except StoreUnavailable as error:
                 log.warning("model feed: Redis does not answer (%s)", error)
@@ -69,5 +70,5 @@ class LiveEmbeddings:
         top = await feed_top(self._client, self._keys.model_feed)
         _, rows = await ModelStore(self._client, self._keys).load()
         if rows:
-            pass
+            self._model.load_rows(np.array([key for key, _ in rows], np.uint64), [value for _, value in rows])
         return top

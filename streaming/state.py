@@ -176,8 +176,8 @@ async def live_keys(client: Redis, namespace: str) -> Keys:
 class _Script:
     """A Lua script called by its hash, loaded again where the server forgot it."""
 
-    def __init__(self, text: str) -> None:
-        self._text, self._sha = text, ""
+    def __init__(self, text: str, *, reads: bool = False) -> None:
+        self._text, self._sha, self._call = text, "", "EVALSHA_RO" if reads else "EVALSHA"
 
     async def pipelined(self, client: Redis, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         """Run the script once per (keys, arguments), all in one round trip."""
@@ -186,7 +186,7 @@ class _Script:
                 self._sha = await client.script_load(self._text)
             pipe = client.pipeline(transaction=False)
             for keys, arguments in calls:
-                pipe.evalsha(self._sha, len(keys), *keys, *arguments)
+                pipe.execute_command(self._call, self._sha, len(keys), *keys, *arguments)
             try:
                 return list(await pipe.execute())
             except NoScriptError:
@@ -271,7 +271,7 @@ class RedisUserStore:
 
     def __init__(self, client: Redis, keys: Keys) -> None:
         self.client, self.keys = client, keys
-        self._read, self._commit = _Script(_READ), _Script(_COMMIT)
+        self._read, self._commit = _Script(_READ, reads=True), _Script(_COMMIT)
 
     async def read(self, wanted: Mapping[int, Sequence[str]]) -> dict[int, UserRead]:
         """Read applied, marks, profiles and seen lists of these users of these partitions."""

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import uvloop
 
 from infra.settings import Settings
+from infra.telemetry import EXIT_FOR_GOOD, mark_ready
 from streaming import consumer
 from streaming.agents import (
     EX_AGAIN,
-    EX_STOPPED,
     ItemAgent,
     Progress,
     UserAgent,
@@ -48,7 +48,7 @@ async def _main(settings: Settings, role: Role, slot: int) -> None:
     try:
         cluster = await preflight(settings.kafka, topics)
     except TopicsError as error:
-        leave(EX_STOPPED, str(error))
+        leave(EXIT_FOR_GOOD, str(error))
         raise
     client = connect(settings.redis)
     keys = await live_keys(client, settings.namespace)
@@ -61,6 +61,9 @@ async def _main(settings: Settings, role: Role, slot: int) -> None:
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     app.finalize()
     await app.start()
+    while not app.consumer.assignment() and not stop.is_set():
+        await asyncio.sleep(0.02)
+    mark_ready()
     host, _, port = settings.kafka.split(",")[0].rpartition(":")
     background += [
         watch(app, progress, lambda: _reachable(host, int(port))),
