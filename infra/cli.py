@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from infra.settings import Settings, SettingsError
+from infra.settings import Settings, SettingsError, read_stack
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,6 +192,119 @@ def _welcome(screen: Console, stack: Any) -> None:
         rows.add_row(f"[bold]{name}[/]", value)
     screen.print(rows)
     screen.print("Ctrl-C ends all; `freshet status` shows more.")
+
+
+# -- try and measure --------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=LEARN)
+def replay(
+    path: Annotated[Path, typer.Argument(help="A log: file or folder, .gz too.")],
+    form: Annotated[str, typer.Option("--format", help="movielens, movietweetings, online-retail or csv.")] = "csv",
+    columns: Annotated[
+        str, typer.Option(help="user=...,item=...,ts=...[,rating=...,dwell=...,kind=...]: columns of a csv.")
+    ] = "",
+    exclude: Annotated[
+        str | None,
+        typer.Option(help="seen, invoice or none; default seen for movies, invoice for retail.", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N events.", min=1, show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the learner.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="Draw NDCG over time into this picture.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a real log through the live code: rank each event's item, then learn it; report the figures.
+
+      freshet replay ml-latest-small --format movielens
+      freshet replay clicks.csv.gz --columns user=uid,item=sku,ts=when --exclude none --json
+    """
+    from infra.replaying import replay as run_replay
+
+    result = run_replay(path, form, columns, exclude, limit, seed, console(err=True) if not as_json else None)
+    if plot is not None:
+        from streaming.replay import plot as draw
+
+        draw(result, str(plot))
+    if as_json:
+        show_json(result)
+    else:
+        from infra.replaying import show
+
+        show(result, console())
+
+
+@app.command(rich_help_panel=RUN)
+def demo(
+    seconds: Annotated[
+        float | None, typer.Option(help="End by itself after this long; default: Ctrl-C.", min=1, show_default=False)
+    ] = None,
+    as_json: Json = False,
+    users: Annotated[int, typer.Option(help="Simulated people.", min=1, max=100_000)] = 200,
+    items: Annotated[int, typer.Option(help="Titled items at the start.", min=10, max=100_000)] = 2000,
+    rate: Annotated[float, typer.Option(help="Slates asked for per second.", min=0.1, max=1000)] = 25.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the world; default: the held-out one.", min=0, show_default=False)
+    ] = None,
+    data: Annotated[
+        Path, typer.Option(help="Data folder of the demo; wiped at the start.", metavar="DIR")
+    ] = Path(".freshet-demo"),
+    port: Annotated[
+        int | None, typer.Option(help="Port of the page; default 8000, or the next free one.", show_default=False)
+    ] = None,
+) -> None:
+    """Everything at once, with simulated people: watch it learn, then click on the page yourself.
+
+    People with known, drifting tastes ask for slates and click; the world knows how many clicks to expect of each
+    slate, of plain popularity and of the best slate there is. It runs in a folder of its own, wiped at the start.
+
+      freshet demo                               until Ctrl-C; the table names the page
+      freshet demo --seconds 120 --json          two minutes, then expected clicks and the lead as JSON
+    """
+    from infra.demo import DEMO_SEED, run_demo
+
+    settings = Settings.load(data, running=False, port=port)
+    screen = console(err=as_json)
+    if not as_json:
+        screen.print("Starting Kafka, Redis, the agents, the learner and the API; people come when all are ready.")
+    report = run_demo(
+        settings, users=users, items=items, rate=rate, seed=DEMO_SEED if seed is None else seed,
+        seconds=float("inf") if seconds is None else seconds, console=screen,
+    )  # fmt: skip
+    if as_json:
+        show_json(report)
+    else:
+        screen.print("All ended. Next: [bold]freshet up[/] starts your own stack; the README shows what to send it.")
+
+
+@app.command(rich_help_panel=LEARN)
+def simulate(
+    seconds: Annotated[
+        float | None, typer.Option(help="End by itself after this long; default: Ctrl-C.", min=1, show_default=False)
+    ] = None,
+    as_json: Json = False,
+    users: Annotated[int, typer.Option(help="Simulated people.", min=1, max=100_000)] = 200,
+    items: Annotated[int, typer.Option(help="Titled items at the start.", min=10, max=100_000)] = 2000,
+    rate: Annotated[float, typer.Option(help="Slates asked for per second.", min=0.1, max=1000)] = 25.0,
+    seed: Annotated[int, typer.Option(help="Seed of the world.", min=0)] = 1,
+    data: Data = None,
+) -> None:
+    """Send simulated people to a stack that runs (`freshet up`): they ask, click, rate, and keep score.
+
+      freshet simulate --users 500 --rate 50     until Ctrl-C
+      freshet simulate --seconds 60 --json       a minute, then the score as JSON
+    """
+    from infra.demo import run_simulate
+
+    settings = Settings.load(data)
+    stack = read_stack(settings.data) or {}
+    if not stack.get("api"):
+        fail(f"no running stack: {settings.data}/stack.json names no API. Start one: freshet up")
+    report = run_simulate(
+        settings, str(stack["api"]), users=users, items=items, rate=rate, seed=seed,
+        seconds=float("inf") if seconds is None else seconds, console=console(err=as_json),
+    )  # fmt: skip
+    if as_json:
+        show_json(report)
 
 
 # -- single processes -------------------------------------------------------------------------------------------------
