@@ -26,6 +26,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from serving.parts import Parts
+
 log = logging.getLogger("freshet.serving")
 
 CURVES: Final = ("users", "items", "learner", "world")
@@ -248,6 +250,18 @@ def _stream(live: Live) -> Callable[[Request], Awaitable[Response]]:
         return Response("too many viewers\n", 503, headers={"Retry-After": "10"}, media_type="text/plain")
 
     return answer
+
+
+def live_of(parts: Parts) -> Live:
+    """The frames of one API process: curves from its Redis, and what it counts and holds itself."""
+    lookups = Lookups(parts.telemetry.registry)
+
+    def here() -> dict[str, Any]:
+        served = parts.snapshot.live
+        held = {"items": int(served.items.eligible.sum()), "step": served.model.step}
+        return {**held, "degraded": parts.snapshot.degraded, **lookups.take()}
+
+    return Live(read=parts.snapshot.read_metrics, here=here, clock=parts.clock)
 
 
 def routes(live: Live) -> list[Route]:

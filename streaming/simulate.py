@@ -28,6 +28,7 @@ MAX_VISITS: Final = 256  # at once; who comes then is turned away and counted
 BATCH: Final = 500  # catalogue entries a request
 WINDOW_S: Final = 10.0  # of the means shown
 LEAD_S: Final = 60.0  # of the lead
+FINISH_S: Final = 1.0
 HORIZON_S: Final = 30.0  # visits are drawn this far ahead
 INLET_OF: Final = {"click": "clicks", "dwell": "dwells", "rating": "ratings", "action": "actions", "view": "views"}
 
@@ -112,7 +113,8 @@ class Simulation:
         self._waits: deque[tuple[float, float]] = deque(maxlen=20_000)  # (time, seconds) of each lookup
         self.events = self.lookups = self.errors = self.turned_away = 0
         self.problem = ""
-        self.first_slate = self.first_learnt = float("nan")
+        self.first_slate: float | None = None
+        self.first_learnt: float | None = None
 
     # ---- the catalogue
 
@@ -129,7 +131,7 @@ class Simulation:
     # ---- the people
 
     async def run(self, seconds: float, *, slates_per_s: float) -> None:
-        """Let people come for `seconds` (inf: until cancelled) and finish what they began."""
+        """Let people come for `seconds` (inf: until cancelled); a visit that is not over soon after is cut short."""
         began = self._clock()
         running: set[asyncio.Task[None]] = set()
         publisher = asyncio.create_task(self._keep_publishing())
@@ -148,7 +150,8 @@ class Simulation:
                     task.add_done_callback(running.discard)
                 since += span
                 await asyncio.sleep(since - self._clock())
-            await asyncio.wait_for(asyncio.gather(*running), 10.0)
+            if running:
+                await asyncio.wait(running, timeout=FINISH_S)
         finally:
             for task in (publisher, *running):
                 task.cancel()
@@ -192,10 +195,10 @@ class Simulation:
         return await self._send(user, self.world.react(user, ours, rng), answer["slate_id"])
 
     def _firsts(self, model_step: int) -> None:
-        now = self._clock()
-        self.first_slate = now if np.isnan(self.first_slate) else self.first_slate
-        if model_step > 0 and np.isnan(self.first_learnt):
-            self.first_learnt = now
+        if self.first_slate is None:
+            self.first_slate = self._clock()
+        if self.first_learnt is None and model_step > 0:
+            self.first_learnt = self._clock()
 
     async def _send(self, user: int, outcomes: Sequence[Outcome], slate_id: str | None) -> str | None:
         if not outcomes:
@@ -254,13 +257,13 @@ class Simulation:
             "expected_clicks": {name: _plain(getattr(means, name)) for name in ("ours", "popular", "oracle")},
             "lead": {name: _plain(getattr(lead, name)) for name in ("low", "high", "mean")},
             "lead_seconds": round(min(LEAD_S, now - self.world.start), 1),
-            "curve": self._by_ten_seconds(),
+            "curve": self.by_ten_seconds(),
             "seed": self.world.seed, "users": self.world.users, "items": self._told,
             "slates": len(self.card.entries), "events": self.events, "errors": self.errors,
             "turned_away": self.turned_away,
         }  # fmt: skip
 
-    def _by_ten_seconds(self) -> list[dict[str, float | None]]:
+    def by_ten_seconds(self) -> list[dict[str, float | None]]:
         points = []
         for at in np.arange(self.world.start, self._clock(), WINDOW_S).tolist():
             means = self.card.means(at, at + WINDOW_S)
