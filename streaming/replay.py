@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -210,7 +211,7 @@ def _pair(rank: F64, baseline: F64) -> dict[str, Any]:
 def _over_time(log: ReplayLog, rank: F64, baseline: F64, done: int) -> list[dict[str, Any]]:
     cuts = np.linspace(0, done, min(PERIODS, done) + 1).astype(int)
     out = []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in pairwise(cuts.tolist()):
         part = np.arange(first, last)[~np.isnan(rank[first:last])]
         out.append({"until": log.events[last - 1].ts, **_pair(rank[part], baseline[part])})
     return out
