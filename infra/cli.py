@@ -80,7 +80,7 @@ def _explains_itself(error: Exception) -> bool:
         return True
     known = (("infra.stack", "StackError"), ("infra.kafka", "KafkaError"), ("infra.store", "StoreError"),
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
-             ("streaming.replay", "ReplayError"))  # fmt: skip
+             ("streaming.replay", "ReplayError"), ("streaming.rebuild", "RebuildError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
     return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
 
@@ -210,13 +210,15 @@ def replay(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N events.", min=1, show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the learner.")] = 1,
-    plot: Annotated[Path | None, typer.Option(help="Draw NDCG over time into this picture.", show_default=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw NDCG over time into this picture.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Replay a real log through the live code: rank each event's item, then learn it; report the figures.
 
-      freshet replay ml-latest-small --format movielens
-      freshet replay clicks.csv.gz --columns user=uid,item=sku,ts=when --exclude none --json
+    freshet replay ml-latest-small --format movielens
+    freshet replay clicks.csv.gz --columns user=uid,item=sku,ts=when --exclude none --json
     """
     from infra.replaying import replay as run_replay
 
@@ -245,9 +247,9 @@ def demo(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the world; default: the held-out one.", min=0, show_default=False)
     ] = None,
-    data: Annotated[
-        Path, typer.Option(help="Data folder of the demo; wiped at the start.", metavar="DIR")
-    ] = Path(".freshet-demo"),
+    data: Annotated[Path, typer.Option(help="Data folder of the demo; wiped at the start.", metavar="DIR")] = Path(
+        ".freshet-demo"
+    ),
     port: Annotated[
         int | None, typer.Option(help="Port of the page; default 8000, or the next free one.", show_default=False)
     ] = None,
@@ -290,8 +292,8 @@ def simulate(
 ) -> None:
     """Send simulated people to a stack that runs (`freshet up`): they ask, click, rate, and keep score.
 
-      freshet simulate --users 500 --rate 50     until Ctrl-C
-      freshet simulate --seconds 60 --json       a minute, then the score as JSON
+    freshet simulate --users 500 --rate 50     until Ctrl-C
+    freshet simulate --seconds 60 --json       a minute, then the score as JSON
     """
     from infra.demo import run_simulate
 
@@ -437,6 +439,70 @@ def status(
         while True:
             live.update(table(collect(settings)), refresh=True)
             time.sleep(1)
+
+
+@app.command(rich_help_panel=LOOK)
+def rebuild(
+    check: Annotated[bool, typer.Option("--verify", help="Only compare what is served with the log.")] = False,
+    switch: Annotated[bool, typer.Option("--switch", help="Serve the result; the workers must be stopped.")] = False,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Fold the log again from its beginning: into the next generation of keys, or to verify this one byte for byte.
+
+    Starts the data folder's own Kafka and Redis where no stack runs.
+
+      freshet rebuild --verify                   names every profile and row that differs; exit 1 if any
+      freshet rebuild --switch                   rebuild, then serve what was rebuilt
+    """
+    from infra.inspecting import run_rebuild, show_report
+
+    chosen = Settings.load(data)
+    report = run_rebuild(chosen, chosen.data, console(err=True), check=check, switch=switch)
+    if as_json:
+        show_json(report.as_dict())
+    else:
+        show_report(report, console(), check=check, switch=switch)
+    if report.differing:
+        raise SystemExit(1)
+
+
+dead_letters = typer.Typer(help="Read what could not be folded, with its reason.", no_args_is_help=True)
+app.add_typer(dead_letters, name="dead-letters", rich_help_panel=LOOK)
+
+
+@dead_letters.command("list")
+def dead_letters_list(data: Data = None, as_json: Json = False) -> None:
+    """List every dead letter: where it came from, why, how it began."""
+    from infra.inspecting import find_letters, letter_as_dict, show_letters
+
+    chosen = Settings.load(data)
+    found = find_letters(chosen, chosen.data)
+    if as_json:
+        show_json([letter_as_dict(letter) for letter in found])
+    else:
+        show_letters(found, console())
+
+
+@dead_letters.command("show")
+def dead_letters_show(
+    position: Annotated[str, typer.Argument(help="topic:partition:offset, as `list` shows it.")],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Show one dead letter whole."""
+    from infra.inspecting import find_letters, letter_as_dict
+
+    chosen = Settings.load(data)
+    for letter in find_letters(chosen, chosen.data):
+        if letter.name == position:
+            shown = letter_as_dict(letter)
+            if as_json:
+                show_json(shown)
+            else:
+                console().print(*(f"[bold]{name}[/] {value}" for name, value in shown.items()), sep="\n")
+            return
+    fail(f"no dead letter at {position}; `freshet dead-letters list` shows all.")
 
 
 @app.command(rich_help_panel=LOOK)

@@ -162,6 +162,17 @@ async def end_offsets(kafka: str, topics: Topics) -> dict[tuple[str, int], int]:
         await consumer.stop()
 
 
+async def topic_end(kafka: str, topic: str) -> int:
+    """Return the end of a topic of one partition."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka)
+    await consumer.start()
+    try:
+        (end,) = (await consumer.end_offsets([Partition(topic, 0)])).values()
+        return int(end)
+    finally:
+        await consumer.stop()
+
+
 async def read_topic(kafka: str, topic: str, ends: dict[int, int]) -> AsyncIterator[tuple[int, list[Any]]]:
     """Yield (partition, records) of a topic from offset 0 up to, not including, `ends`."""
     left = {Partition(topic, p): end for p, end in ends.items() if end > 0}

@@ -92,9 +92,11 @@ async def exactly_once(client: Redis, kafka: str, redis_url: str, namespace: str
             await asyncio.sleep(0.8)
             stack.kill("users-0")
         await publishing
-        await asyncio.to_thread(stack.wait_ready, 60)
+        await drained(client, keys, kafka, topics, EVENTS // 2)
+        before = (await end_offsets(kafka, topics))[topics.examples, 0]
+        await client.execute_command("CLIENT", "PAUSE", "20000", "WRITE")
         publishing = asyncio.create_task(publish(stack.api, kafka, topics, events[EVENTS // 2 :], 0.02))
-        await kill_between_produce_and_commit(stack, client, kafka, topics)
+        await kill_between_produce_and_commit(stack, client, kafka, topics, before)
         await publishing
         stack.kill("items")
         await drained(client, keys, kafka, topics, EVENTS)
@@ -110,11 +112,9 @@ async def exactly_once(client: Redis, kafka: str, redis_url: str, namespace: str
         await the_next_generation_is_the_same(client, keys, settings)
 
 
-async def kill_between_produce_and_commit(stack: Stack, client: Redis, kafka: str, topics: Topics) -> None:
-    """Hold writes to Redis until the worker has appended to `examples`, and kill it before its commit is done."""
-    await client.execute_command("CLIENT", "PAUSE", "20000", "WRITE")
+async def kill_between_produce_and_commit(stack: Stack, client: Redis, kafka: str, topics: Topics, before: int) -> None:
+    """With writes to Redis held, wait until the worker appended to `examples`; kill it before its commit is done."""
     try:
-        before = (await end_offsets(kafka, topics))[topics.examples, 0]
         deadline = time.monotonic() + 15
         while (await end_offsets(kafka, topics))[topics.examples, 0] == before:
             assert time.monotonic() < deadline, "the worker appended nothing to examples"
