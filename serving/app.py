@@ -1,0 +1,176 @@
+"""The application: wires the parts, owns their lifetimes, runs the server. Nothing connects at import or creation.
+
+Knows nothing about what the routes do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import threading
+from collections.abc import AsyncIterator
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from infra.settings import Settings
+from infra.telemetry import IMPRESSIONS, SNAPSHOT_RELOADS, Telemetry, configure_logging, mark_ready
+from models.recommend import History, recommend
+from models.recommend import Request as Ask
+from serving import live as page
+from serving.api import doors
+from serving.doors import mount
+from serving.guard import Guard, check_binding
+from serving.introspect import not_ready
+from serving.messages import Problem, problem_response
+from serving.parts import Parts
+from serving.slates import Impressions
+from serving.snapshot import Live, Snapshot
+from streaming.state import connect
+from streaming.topics import Log, LogError, Topics, TopicsError, preflight
+
+LOOKUP_TIMEOUT_S = 0.5
+PING_S = 2.0
+log = logging.getLogger("freshet.serving")
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application for these settings; its lifespan opens and closes every resource.
+
+    Raises BindingError where it would listen beyond this machine without an admin key.
+    """
+    check_binding(settings.host, settings.admin_key)
+    parts = create_parts(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with opened(parts):
+            yield
+
+    app = FastAPI(
+        title="Freshet", version=importlib.metadata.version("freshet"), lifespan=lifespan,
+        docs_url=None, redoc_url=None, description="A recommender that learns from every event as it happens.",
+    )  # fmt: skip
+    app.state.parts = parts
+    mount(app, doors(parts, app))
+    app.router.routes.extend(page.routes(page.live_of(parts)))
+    app.add_exception_handler(Exception, _failed)
+    app.add_middleware(Guard, host=settings.host, admin_key=settings.admin_key)
+    return app
+
+
+def create_parts(settings: Settings) -> Parts:
+    """Return the parts of one API process, not yet connected."""
+    topics = Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
+    telemetry, producer = Telemetry(), Log(settings.kafka)
+    counted = {"appended": 0, "dropped": 0, "failed": 0}
+
+    def tell(impressions: Impressions) -> None:
+        for status, before in counted.items():
+            now: int = getattr(impressions, status)
+            if now > before:
+                telemetry.count(IMPRESSIONS, now - before, status=status)
+                counted[status] = now
+
+    return Parts(
+        settings=settings,
+        topics=topics,
+        log=producer,
+        telemetry=telemetry,
+        snapshot=Snapshot(
+            connect(settings.redis, timeout=LOOKUP_TIMEOUT_S), connect(settings.redis),
+            namespace=settings.namespace, require_catalogue=settings.require_catalogue,
+            on_reload=lambda: telemetry.count(SNAPSHOT_RELOADS, feed="all"),
+        ),
+        impressions=Impressions(
+            append=lambda records: producer.append(topics.events, records),
+            limit=settings.impression_buffer, on_change=tell,
+        ),
+    )  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def opened(parts: Parts) -> AsyncIterator[None]:
+    """Connect the parts and keep them connected; on leaving, log what waits and disconnect."""
+    await _check_topics(parts)
+    parts.snapshot.start()
+    parts.impressions.start()
+    tasks = [asyncio.create_task(work, name=name) for name, work in
+             (("log", keep_log(parts)), ("warm", _warm(parts)), ("ready", _tell_ready(parts)))]  # fmt: skip
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await parts.impressions.stop()
+        await parts.snapshot.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2.0):
+                await parts.log.stop()
+
+
+async def _check_topics(parts: Parts) -> None:
+    """Raise TopicsError where Kafka answers and topics are not as expected; one that is away is waited for later."""
+    with contextlib.suppress(LogError, OSError, TimeoutError):
+        async with asyncio.timeout(5.0):
+            await preflight(parts.settings.kafka, parts.topics)
+
+
+async def keep_log(parts: Parts) -> None:
+    """Connect to Kafka, again and again until it answers; then watch whether it still does."""
+    started = False
+    while True:
+        try:
+            if not started:
+                await preflight(parts.settings.kafka, parts.topics)
+                await parts.log.start()
+                started = True
+            async with asyncio.timeout(2 * PING_S):
+                await parts.log.ping()
+            parts.log_problem = ""
+        except (LogError, TopicsError, OSError, TimeoutError) as error:
+            parts.log_problem = f"{type(error).__name__}: {error}"
+        await asyncio.sleep(PING_S if started else 0.5)
+
+
+async def _warm(parts: Parts) -> None:
+    """Compile (or load) the scoring code before the first request needs it; a stop does not wait for it."""
+    thread = threading.Thread(target=warm, name="warm", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        await asyncio.sleep(0.02)
+    parts.warm = True
+
+
+def warm() -> None:
+    """Score an empty catalogue once: compiles every kernel that a lookup calls."""
+    empty = Live.empty()
+    recommend(empty.items, empty.model, History(), Ask(slate_id="warm", now=0.0))
+
+
+async def _tell_ready(parts: Parts) -> None:
+    while not_ready(parts):
+        await asyncio.sleep(0.05)
+    log.info("ready")
+    mark_ready()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return problem_response(Problem(500, "this server", "an answer", type(error).__name__, do="see the server's log"))
+
+
+def run(settings: Settings) -> None:
+    """Serve until told to stop; SIGTERM and SIGINT end it in order within about 5 s."""
+    configure_logging(settings.log_level)
+    config = uvicorn.Config(
+        create_app(settings), host=settings.host, port=settings.port, loop="uvloop", http="httptools", ws="none",
+        access_log=False, log_config=None, timeout_graceful_shutdown=3, server_header=False, date_header=False,
+        backlog=1024,
+    )  # fmt: skip
+    uvicorn.Server(config).run()

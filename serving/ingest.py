@@ -1,0 +1,181 @@
+"""What comes in over HTTP: events and catalogue changes, validated, appended, answered once Kafka holds them.
+
+Knows nothing about what is made of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serving.messages import (
+    MAX_LIST,
+    MAX_USER_EVENTS,
+    Accepted,
+    Problem,
+    StoredAnswer,
+    Verdict,
+    decode_json,
+    json_response,
+    read_body,
+)  # fmt: skip
+from serving.parts import Parts
+from streaming import events
+from streaming.events import EventError
+from streaming.topics import LogError, encode_token, partition_of
+
+ACK_S: Final = 2.0
+MAX_APPENDING: Final = 64
+"""Requests that may wait for Kafka at once; more are told to come back."""
+
+Record = tuple[int, bytes, bytes]
+
+
+async def append(parts: Parts, topic: str, records: Sequence[Record]) -> dict[int, int]:
+    """Append records and return partition -> last offset once all are acknowledged; raises Problem 503."""
+    if parts.appending >= MAX_APPENDING:
+        raise _unavailable(f"{parts.appending} requests already wait for it")
+    parts.appending += 1
+    try:
+        async with asyncio.timeout(ACK_S):
+            return await parts.log.append(topic, records)
+    except TimeoutError:
+        raise _unavailable(f"no acknowledgement from every partition within {ACK_S:g} s") from None
+    except LogError as error:
+        raise _unavailable(str(error)) from error
+    finally:
+        parts.appending -= 1
+
+
+def _unavailable(got: str) -> Problem:
+    return Problem(
+        503, "Kafka", "acks=all from every partition", got,
+        do="send the whole request again with the same event ids; what was stored already is recognised",
+        headers={"Retry-After": "1"},
+    )  # fmt: skip
+
+
+_list = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+def objects_of(body: bytes) -> tuple[list[msgspec.Raw], bool]:
+    """Split a body into undecoded objects and whether it was a list; raises Problem 413 or 422."""
+    if body.lstrip()[:1] != b"[":
+        return [msgspec.Raw(body)], False
+    try:
+        values = _list.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise Problem(422, "body", "a JSON list of objects", f"{body[:80]!r} ({error})") from error
+    if len(values) > MAX_LIST:
+        raise Problem(413, "body", f"at most {MAX_LIST} objects", str(len(values)), do="send fewer a request")
+    return values, True
+
+
+def read_event(value: msgspec.Raw, now: float) -> events.Interaction:
+    """Validate one object of the door; raises EventError that says where, what was expected and what was got."""
+    event = events.parse_json(value)
+    if event.ts > now + events.MAX_FUTURE_S:
+        raise EventError("$.ts", f"at most {events.MAX_FUTURE_S:g} s ahead of {now:.0f}", f"{event.ts:.0f}")
+    if event.event_id is None:
+        event.event_id = secrets.token_hex(16)
+    return event
+
+
+def _problem(error: EventError) -> Problem:
+    return Problem(422, "body" + error.where.removeprefix("$"), error.expected, error.got)
+
+
+async def post_events(parts: Parts, request: Request) -> Response:
+    """POST /v1/events."""
+    values, many = objects_of(await read_body(request))
+    now = parts.clock()
+    verdicts: list[Verdict] = []
+    records: list[Record] = []
+    users: Counter[str] = Counter()
+    for index, value in enumerate(values):
+        try:
+            event = read_event(value, now)
+        except EventError as error:
+            if not many:
+                raise _problem(error) from error
+            verdicts.append(Verdict(index, "rejected", reason=str(error)))
+            continue
+        users[event.user_id] += 1
+        if users[event.user_id] > MAX_USER_EVENTS:
+            raise Problem(422, f"body[{index}].user_id", f"at most {MAX_USER_EVENTS} events of a user", "more")
+        key = event.user_id.encode()
+        records.append((partition_of(event.user_id, parts.settings.partitions), key, events.encode(event)))
+        verdicts.append(Verdict(index, "accepted", event_id=event.event_id or UNSET))
+    last = await append(parts, parts.topics.events, records) if records else {}
+    token = encode_token(last) if last else None
+    return json_response(Accepted(len(records), len(values) - len(records), verdicts, token), 202)
+
+
+def read_item(value: msgspec.Raw, now: float) -> events.Item:
+    """Validate one catalogue entry; raises EventError."""
+    item = events.parse_item(value)
+    if len(value) > events.MAX_ITEM_BYTES:
+        raise EventError("$", f"at most {events.MAX_ITEM_BYTES} bytes", f"{len(value)} bytes")
+    if item.ts is None:
+        item.ts = now
+    return item
+
+
+def _named(body: bytes, item_id: str) -> msgspec.Raw:
+    value = decode_json(body)
+    if not isinstance(value, dict):
+        raise Problem(422, "body", "an object", repr(value)[:80])
+    if value.setdefault("item_id", item_id) != item_id:
+        raise Problem(422, "body.item_id", f"{item_id!r} as in the path, or nothing", repr(value["item_id"])[:80])
+    return msgspec.Raw(msgspec.json.encode(value))
+
+
+def _item_record(item: events.Item) -> Record:
+    return 0, item.item_id.encode(), events.encode(item)
+
+
+async def put_item(parts: Parts, request: Request) -> Response:
+    """PUT /v1/items/{item_id}."""
+    return await _store(parts, _named(await read_body(request), request.path_params["item_id"]))
+
+
+async def delete_item(parts: Parts, request: Request) -> Response:
+    """DELETE /v1/items/{item_id}: appends a record that says so."""
+    return await _store(parts, _named(b'{"deleted":true}', request.path_params["item_id"]))
+
+
+async def _store(parts: Parts, value: msgspec.Raw) -> Response:
+    try:
+        item = read_item(value, parts.clock())
+    except EventError as error:
+        raise _problem(error) from error
+    last = await append(parts, parts.topics.items, [_item_record(item)])
+    return json_response(StoredAnswer(item.item_id, last[0]), 202)
+
+
+async def post_items(parts: Parts, request: Request) -> Response:
+    """POST /v1/items."""
+    values, many = objects_of(await read_body(request))
+    now = parts.clock()
+    verdicts, records = [], []
+    for index, value in enumerate(values):
+        try:
+            item = read_item(value, now)
+        except EventError as error:
+            if not many:
+                raise _problem(error) from error
+            verdicts.append(Verdict(index, "rejected", reason=str(error)))
+        else:
+            verdicts.append(Verdict(index, "accepted", item_id=item.item_id))
+            records.append(_item_record(item))
+    if records:
+        await append(parts, parts.topics.items, records)
+    return json_response(Accepted(len(records), len(values) - len(records), verdicts, None), 202)

@@ -1,0 +1,325 @@
+"""What one API process scores from: item and model arrays, loaded from Redis and kept current by the two feeds.
+
+Deltas are written in place, between requests; only a reload swaps the reference `live` (DESIGN section 3, rule 10).
+Knows nothing about HTTP or slates. Serving writes nothing here: it only reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from models.examples import item_hash
+from models.items import CatalogueItem, Items
+from models.model import Model
+from models.rows import Rows
+from streaming import events
+from streaming.state import (
+    Delta,
+    ItemStore,
+    Keys,
+    ModelStore,
+    Redis,
+    RedisUserStore,
+    StoreError,
+    StoreUnavailable,
+    UserRead,
+    feed_top,
+    live_keys,
+    read_feed,
+    read_metrics,
+    read_user,
+)  # fmt: skip
+
+LOAD_ROWS: Final = 512
+"""Rows written at once while loading: requests are answered in between."""
+BLOCK_MS: Final = 500
+POINTER_S: Final = 1.0
+BACK_OFF_S: Final = (0.05, 2.0)
+_LAST_SEQUENCE: Final = 2**64 - 1
+
+log = logging.getLogger("freshet.serving")
+_catalogue_item = msgspec.msgpack.Decoder(CatalogueItem)
+
+
+class Stale(Exception):
+    """What is in process cannot be brought up to date by the feeds: load again."""
+
+
+@dataclass(slots=True)
+class Live:
+    """One consistent set of arrays and the positions they stand for (offsets of `examples`, of `items`)."""
+
+    items: Items
+    model: Model
+    items_position: int = 0
+    catalogue_position: int = 0
+    model_position: int = 0
+
+    @classmethod
+    def empty(cls, *, require_catalogue: bool = False) -> Live:
+        """Return arrays that know no item."""
+        rows = Rows()
+        return cls(Items(rows=rows, require_catalogue=require_catalogue), Model(rows=rows))
+
+    def apply_item(self, delta: Delta) -> bool:
+        """Write a delta of the item feed in place; False where it was known already, raises Stale at a hole."""
+        if delta.kind == "catalogue":
+            if delta.first > self.catalogue_position:
+                raise Stale(f"item feed: expected catalogue from {self.catalogue_position} on, got {delta.first}")
+            self.set_items(delta.keys, delta.values)
+            self.catalogue_position = max(self.catalogue_position, delta.next)
+            return True
+        if not _is_next("item feed", delta, self.items_position):
+            return False
+        self.items.load(np.asarray(delta.keys, np.uint64), list(delta.values))
+        if delta.dense:
+            self.items.load_totals(delta.dense)
+        self.items_position = delta.next
+        return True
+
+    def apply_step(self, parts: Sequence[Delta], end: Delta) -> bool:
+        """Write a whole model step in place; False where it was known already, raises Stale at a hole."""
+        if not _is_next("model feed", end, self.model_position):
+            return False
+        for part in parts:
+            self.model.load_rows(np.asarray(part.keys, np.uint64), list(part.values))
+        if end.dense:
+            self.model.load_dense(end.dense)
+        self.model_position = end.next
+        return True
+
+    def set_items(self, keys: Sequence[int], values: Sequence[bytes]) -> None:
+        """Write catalogue entries (MessagePack, as in the topic `items`)."""
+        for key, value in zip(keys, values, strict=True):
+            text = events.decode_item(value).item_id
+            if item_hash(text) == key:
+                self.items.set_item(key, text, _catalogue_item.decode(value))
+
+
+def _is_next(name: str, delta: Delta, position: int) -> bool:
+    if delta.first > position:
+        raise Stale(f"{name}: expected a delta from {position} or before, got [{delta.first}, {delta.next})")
+    return delta.next > position
+
+
+@dataclass(slots=True)
+class FeedState:
+    """How far one feed was read and what came of it."""
+
+    last_id: str = "0-0"
+    applied: int = 0
+    skipped: int = 0
+    at: float = 0.0
+    pending: list[Delta] = field(default_factory=list)
+
+
+class Snapshot:
+    """The arrays now served, the tasks that keep them current, and the one read of a lookup."""
+
+    def __init__(
+        self, client: Redis, feeds: Redis, *, namespace: str, require_catalogue: bool = False,
+        on_reload: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._client, self._feeds, self._on_reload = client, feeds, on_reload
+        self._require_catalogue = require_catalogue
+        self.live = Live.empty(require_catalogue=require_catalogue)
+        self.item_feed, self.model_feed = FeedState(), FeedState()
+        self.loaded = self.connected = False
+        self.reloads = 0
+        self.reason = "not loaded yet"
+        self._task: asyncio.Task[None] | None = None
+        self._use(Keys(namespace))
+
+    @property
+    def degraded(self) -> bool:
+        """Whether answers come from arrays that may be behind: Redis does not answer, or nothing was loaded yet."""
+        return not (self.loaded and self.connected)
+
+    def _use(self, keys: Keys) -> None:
+        self.keys = keys
+        self._users = RedisUserStore(self._client, keys)
+        self._items = ItemStore(self._feeds, keys)
+        self._models = ModelStore(self._feeds, keys)
+
+    def start(self) -> None:
+        """Begin to load and follow, in a task of the running loop."""
+        self._task = asyncio.create_task(self._run(), name="snapshot")
+
+    async def stop(self) -> None:
+        """End the task."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        await self._client.aclose()
+        await self._feeds.aclose()
+
+    async def read_user(self, partition: int, user: str) -> UserRead | None:
+        """Read a profile in one round trip; None, at once while Redis is known to be gone."""
+        if not self.connected:
+            return None
+        try:
+            return await read_user(self._users, partition, user)
+        except (StoreError, *StoreUnavailable) as error:
+            self._lost(error)
+            return None
+
+    async def read_metrics(self, name: str, after: str, count: int) -> list[tuple[str, dict[str, str]]]:
+        """Read points of a learning curve after an id, or its newest `count` for "-"; raises what Redis raises."""
+        return await read_metrics(self._feeds, self.keys.metrics(name), after=after, count=count)
+
+    async def _run(self) -> None:
+        pause = BACK_OFF_S[0]
+        while True:
+            try:
+                await self.load()
+                pause = BACK_OFF_S[0]
+                await self._follow()
+            except Stale as stale:
+                log.warning("reloading: %s", stale)
+                self.reloads += 1
+                if self._on_reload is not None:
+                    self._on_reload()
+                continue
+            except (StoreError, *StoreUnavailable) as error:
+                self._lost(error)
+            except Exception as error:  # bytes no codec reads: served state stays, told at /health/ready
+                log.exception("snapshot")
+                self._lost(error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, BACK_OFF_S[1])
+
+    def _lost(self, error: BaseException) -> None:
+        if self.connected:
+            log.warning("Redis: %s: %s; answering from the arrays in process", type(error).__name__, error)
+        self.connected = False
+        self.reason = f"{type(error).__name__}: {error}"
+
+    async def load(self) -> None:
+        """Load everything and swap it in; raises what Redis or the codecs raise."""
+        keys = await live_keys(self._feeds, self.keys.namespace)
+        if keys != self.keys:
+            self._use(keys)
+        live = Live.empty(require_catalogue=self._require_catalogue)
+        tops = [await feed_top(self._feeds, key) for key in (keys.item_feed, keys.model_feed)]
+        head, rows = await self._items.load()
+        await _in_pieces(rows, lambda k, v: live.items.load(np.asarray(k, np.uint64), v))
+        await _in_pieces(await self._items.load_catalogue(), live.set_items)
+        if totals := head.get("totals"):
+            live.items.load_totals(totals)
+        live.items_position = int(head.get("next", 0))
+        live.catalogue_position = int(head.get("catalogue", 0))
+        head, rows = await self._models.load()
+        await _in_pieces(rows, lambda k, v: live.model.load_rows(np.asarray(k, np.uint64), v))
+        if dense := head.get("dense"):
+            live.model.load_dense(dense)
+        live.model_position = int(head.get("next", 0))
+        self.live = live
+        self.item_feed = FeedState(_before(tops[0], live.items_position), at=time.time())
+        self.model_feed = FeedState(_before(tops[1], live.model_position), at=time.time())
+        self.loaded = self.connected = True
+        self.reason = ""
+        gc.collect()
+        gc.freeze()
+        log.info("loaded %d items, model step %d", live.items.n, live.model.step)
+
+    async def _follow(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._follow_items())
+                group.create_task(self._follow_model())
+                group.create_task(self._follow_pointer())
+        except* Exception as failures:
+            raise _first(failures) from None
+
+    async def _follow_items(self) -> None:
+        feed, key = self.item_feed, self.keys.item_feed
+        while True:
+            for entry_id, delta in await self._read(key, feed):
+                _count(feed, entry_id, self.live.apply_item(delta))
+                await asyncio.sleep(0)
+
+    async def _follow_model(self) -> None:
+        feed, key = self.model_feed, self.keys.model_feed
+        while True:
+            for entry_id, delta in await self._read(key, feed):
+                if delta.kind == "step":
+                    parts = [part for part in feed.pending if part.step == delta.step]
+                    feed.pending.clear()
+                    _count(feed, entry_id, self.live.apply_step(parts, delta))
+                else:
+                    feed.pending.append(delta)
+                    feed.last_id = entry_id
+                await asyncio.sleep(0)
+
+    async def _read(self, key: str, feed: FeedState) -> list[tuple[str, Delta]]:
+        entries = await read_feed(self._feeds, key, feed.last_id, block_ms=BLOCK_MS, count=16)
+        self.connected, self.reason = True, ""
+        return entries
+
+    async def _follow_pointer(self) -> None:
+        while True:
+            await asyncio.sleep(POINTER_S)
+            keys = await live_keys(self._feeds, self.keys.namespace)
+            if keys != self.keys:
+                raise Stale(f"generation {keys.generation} is served now, not {self.keys.generation}")
+
+    def state(self) -> dict[str, Any]:
+        """Return positions, feeds and sizes, for people to read."""
+        live = self.live
+        return {
+            "loaded": self.loaded, "connected": self.connected, "degraded": self.degraded, "reason": self.reason,
+            "generation": self.keys.generation, "reloads": self.reloads,
+            "items": {"rows": live.items.n, "catalogue": len(live.items.catalogue), "position": live.items_position,
+                      "catalogue_position": live.catalogue_position, "feed": _feed_state(self.item_feed)},
+            "model": {"step": live.model.step, "position": live.model_position, "feed": _feed_state(self.model_feed)},
+        }  # fmt: skip
+
+
+async def _in_pieces(rows: Sequence[tuple[int, bytes]], write: Any) -> None:
+    for at in range(0, len(rows), LOAD_ROWS):
+        piece = rows[at : at + LOAD_ROWS]
+        write([key for key, _ in piece], [value for _, value in piece])
+        await asyncio.sleep(0)
+
+
+def _before(top: str, position: int) -> str:
+    """Return the id to read on from: before every entry that may say more than what was just loaded.
+
+    Rows are committed less often than they are fed, so entries after `position` are wanted even where they are older
+    than the load; catalogue entries are wanted from the feed's top as it was before the load.
+    """
+    if position == 0:
+        return "0-0"
+    milliseconds, _, sequence = top.partition("-")
+    first, second = (int(milliseconds), int(sequence)), (position - 1, _LAST_SEQUENCE)
+    return "{}-{}".format(*min(first, second))
+
+
+def _count(feed: FeedState, entry_id: str, applied: bool) -> None:
+    feed.last_id, feed.at = entry_id, time.time()
+    if applied:
+        feed.applied += 1
+    else:
+        feed.skipped += 1
+
+
+def _feed_state(feed: FeedState) -> dict[str, Any]:
+    return {"last_id": feed.last_id, "applied": feed.applied, "skipped": feed.skipped, "at": feed.at}
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    for error in group.exceptions:
+        return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    return group
