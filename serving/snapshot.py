@@ -11,7 +11,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -138,6 +138,7 @@ class Snapshot:
         self.reloads = 0
         self.reason = "not loaded yet"
         self._task: asyncio.Task[None] | None = None
+        self._over, self._stopping = asyncio.Event(), False
         self._use(Keys(namespace))
 
     @property
@@ -158,6 +159,8 @@ class Snapshot:
     async def stop(self) -> None:
         """End the task."""
         if self._task is not None:
+            self._stopping = True
+            self._over.set()
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
@@ -181,22 +184,23 @@ class Snapshot:
 
     async def _run(self) -> None:
         pause = BACK_OFF_S[0]
-        while True:
+        while not self._stopping:
+            began = time.monotonic()
             try:
                 await self.load()
-                pause = BACK_OFF_S[0]
                 await self._follow()
             except Stale as stale:
                 log.warning("reloading: %s", stale)
                 self.reloads += 1
                 if self._on_reload is not None:
                     self._on_reload()
-                continue
             except (StoreError, *StoreUnavailable) as error:
                 self._lost(error)
-            except Exception as error:  # bytes no codec reads: served state stays, told at /health/ready
+            except Exception as error:  # bytes no codec reads: what was loaded stays, told at /health/ready
                 log.exception("snapshot")
                 self._lost(error)
+            if time.monotonic() - began > BACK_OFF_S[1]:
+                pause = BACK_OFF_S[0]
             await asyncio.sleep(pause)
             pause = min(2 * pause, BACK_OFF_S[1])
 
@@ -235,24 +239,27 @@ class Snapshot:
         log.info("loaded %d items, model step %d", live.items.n, live.model.step)
 
     async def _follow(self) -> None:
+        """Follow feeds and pointer until one of them fails. The client may swallow a cancellation: hence `over`."""
+        self._over = asyncio.Event()
+        if self._stopping:
+            return
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._follow_items())
-                group.create_task(self._follow_model())
-                group.create_task(self._follow_pointer())
+                for follow in (self._follow_items, self._follow_model, self._follow_pointer):
+                    group.create_task(_ending(follow, self._over))
         except* Exception as failures:
             raise _first(failures) from None
 
-    async def _follow_items(self) -> None:
+    async def _follow_items(self, over: asyncio.Event) -> None:
         feed, key = self.item_feed, self.keys.item_feed
-        while True:
+        while not over.is_set():
             for entry_id, delta in await self._read(key, feed):
                 _count(feed, entry_id, self.live.apply_item(delta))
                 await asyncio.sleep(0)
 
-    async def _follow_model(self) -> None:
+    async def _follow_model(self, over: asyncio.Event) -> None:
         feed, key = self.model_feed, self.keys.model_feed
-        while True:
+        while not over.is_set():
             for entry_id, delta in await self._read(key, feed):
                 if delta.kind == "step":
                     parts = [part for part in feed.pending if part.step == delta.step]
@@ -268,8 +275,8 @@ class Snapshot:
         self.connected, self.reason = True, ""
         return entries
 
-    async def _follow_pointer(self) -> None:
-        while True:
+    async def _follow_pointer(self, over: asyncio.Event) -> None:
+        while not over.is_set():
             await asyncio.sleep(POINTER_S)
             keys = await live_keys(self._feeds, self.keys.namespace)
             if keys != self.keys:
@@ -285,6 +292,13 @@ class Snapshot:
                       "catalogue_position": live.catalogue_position, "feed": _feed_state(self.item_feed)},
             "model": {"step": live.model.step, "position": live.model_position, "feed": _feed_state(self.model_feed)},
         }  # fmt: skip
+
+
+async def _ending(follow: Callable[[asyncio.Event], Awaitable[None]], over: asyncio.Event) -> None:
+    try:
+        await follow(over)
+    finally:
+        over.set()
 
 
 async def _in_pieces(rows: Sequence[tuple[int, bytes]], write: Any) -> None:

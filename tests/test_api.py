@@ -21,6 +21,7 @@ from streaming.topics import encode_token, partition_of
 from tests.hand import Hand
 
 NOW = time.time()
+PARTITIONS = 2
 Make = Callable[..., Awaitable[object]]
 
 
@@ -50,8 +51,14 @@ def compiled() -> None:
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """The run's servers with few partitions: topics are made in less time."""
+    return settings_with(settings)
+
+
+@pytest.fixture
 async def api(settings: Settings, topics: Make) -> AsyncIterator[httpx.AsyncClient]:
-    await topics()
+    await topics(PARTITIONS)
     async with serving(settings) as (client, app):
         await until(lambda: not app.state.parts.log_problem and not app.state.parts.snapshot.degraded)
         yield client
@@ -83,7 +90,7 @@ async def test_one_event_is_acknowledged_with_an_id_and_a_token(api: httpx.Async
     body = answer.json()
     assert body["accepted"] == 1
     assert len(body["verdicts"][0]["event_id"]) == 32
-    assert body["token"] == encode_token({partition_of("ann", 8): 0})
+    assert body["token"] == encode_token({partition_of("ann", PARTITIONS): 0})
     again = await api.post("/v1/events", json=[event(event_id="e1"), event(type="view", user_id="bob")])
     assert again.json()["verdicts"][0]["event_id"] == "e1"
 
@@ -215,10 +222,10 @@ async def test_a_wrong_query_is_422(api: httpx.AsyncClient) -> None:
 async def test_tokens_wait_for_the_users_partition_only(api: httpx.AsyncClient, hand: Hand) -> None:
     await seeded(hand)
     token = (await api.post("/v1/events", json=event(user_id="u1"))).json()["token"]
-    p = partition_of("u1", 8)
+    p = partition_of("u1", PARTITIONS)
     applied = (await api.get("/-/state/u1")).json()["applied"]
     ahead = encode_token({p: applied})
-    other = encode_token({(p + 1) % 8: 10**6, p: applied - 1})
+    other = encode_token({(p + 1) % PARTITIONS: 10**6, p: applied - 1})
     assert (await api.get(f"/v1/recommendations/u1?after={token}")).json()["applied"] is True
     assert (await api.get(f"/v1/recommendations/u1?after={other}")).json()["applied"] is True
     began = time.perf_counter()
@@ -293,7 +300,7 @@ async def test_the_system_explains_itself(api: httpx.AsyncClient, settings: Sett
     assert (await api.get("/health/live")).json() == {"status": "live"}
     assert (await api.get("/health/ready")).json() == {"status": "ready", "reasons": []}
     topics = (await api.get("/-/topics")).json()["topics"]
-    assert {t["topic"]: t["partitions"] for t in topics}[f"{settings.namespace}.events"] == 8
+    assert {t["topic"]: t["partitions"] for t in topics}[f"{settings.namespace}.events"] == PARTITIONS
     assert (await api.get("/-/models")).json()["step"] == 0
     state = (await api.get("/-/state")).json()
     assert state["snapshot"]["loaded"]
@@ -342,7 +349,7 @@ async def test_beyond_loopback_a_key_is_needed(settings: Settings, topics: Make)
     open_door = settings_with(settings, host="0.0.0.0")
     with pytest.raises(BindingError, match="FRESHET_ADMIN_KEY"):
         create_app(open_door)
-    await topics()
+    await topics(PARTITIONS)
     async with serving(settings_with(settings, host="0.0.0.0", admin_key="k" * 20)) as (client, _):
         assert (await client.get("/health/live")).status_code == 200
         for path in ("/v1/popular", "/metrics", "/-/settings", "/docs", "/openapi.json", "/nothing"):
@@ -357,7 +364,7 @@ async def test_beyond_loopback_a_key_is_needed(settings: Settings, topics: Make)
 def settings_with(settings: Settings, **changes: Any) -> Settings:
     """The same settings but for some."""
     given = {name: getattr(settings, name) for name in ("kafka", "redis", "namespace", "port")}
-    return Settings.load(settings.data, env={}, **{**given, **changes})
+    return Settings.load(settings.data, env={}, **{**given, "partitions": PARTITIONS, **changes})
 
 
 def _app(client: httpx.AsyncClient) -> FastAPI:
