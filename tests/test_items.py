@@ -1,0 +1,160 @@
+"""Item state: any cut gives equal bytes, scoring leaves them unchanged, rows round-trip; neighbour lists by example."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, accept
+from models.items import CatalogueItem, Items
+from models.rows import Rows
+from models.transitions import K, bump
+from tests.entries import KEYS, NAMES, Walk, cuts, entry, shown
+
+
+GOLDEN = (
+    "01010100060000005b12612469dc0d41fbc089a04e1ffc40135309fbf42314410d0ff068162b4842f5e4d7431fb04440"
+    "06f7b31d98e9b140c03fc39602ee6540000000000000f03f61b3040073a000000e140000ab0100003d0000000f000000"
+    "01000000000000000000000084d7d7410000000084d7d74100000000000000000100000000000000000000000000f03f"
+    "000000000000f03f2c8e2c3ff13852ce000000000000f03f2c8e2c3ff13852ce000000000000f03f6974656d2d31"
+)
+
+
+def folded(parts: list, items: Items | None = None) -> Items:  # type: ignore[type-arg]
+    items = items or Items(rows=Rows(capacity=16))
+    for part in parts:
+        items.fold(part)
+    return items
+
+
+def state(items: Items) -> tuple[dict[int, bytes], bytes]:
+    rows = np.arange(items.n)
+    return dict(zip(items.rows.keys[rows].tolist(), items.pack(rows), strict=True)), items.pack_totals()
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 50), st.lists(st.integers(1, 199), max_size=30))
+def test_any_cut_gives_equal_bytes(seed: int, places: list[int]) -> None:
+    entries = Walk(seed=seed).entries()
+    assert state(folded(cuts(entries, places))) == state(folded([entries]))
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 50), st.integers(1, 199), st.integers(1, 199))
+def test_a_reload_and_repeats_change_nothing(seed: int, place: int, repeat: int) -> None:
+    entries = Walk(seed=seed).entries()
+    first, second = folded(cuts(entries, [place])[:1]), Items(rows=Rows(capacity=16))
+    marks = {0: 0}
+    packed, totals = state(first)
+    shuffled = sorted(packed, key=lambda key: key % 97)
+    second.load(np.array(shuffled, np.uint64), [packed[key] for key in shuffled])
+    second.load_totals(totals)
+    accept(cuts(entries, [place])[0], marks)
+    for part in cuts(entries, [place, repeat])[1:]:
+        second.fold(accept(part, marks))
+        second.fold(accept(part, marks))  # delivered again
+    if place <= repeat:
+        assert state(second) == state(folded([entries]))
+
+
+def test_changed_rows_are_the_ones_whose_bytes_changed() -> None:
+    items, before = Items(rows=Rows()), dict[int, bytes]()
+    for part in cuts(Walk(seed=3).entries(), list(range(1, 200))):
+        changed = set(items.rows.keys[items.fold(part)].tolist())
+        now = state(items)[0]
+        assert {key for key in now if now[key] != before.get(key)} <= changed
+        assert (np.diff(sorted(changed)) > 0).all()
+        before = now
+
+
+def test_golden_bytes() -> None:
+    """Version 1 of a row; a change here needs a new version, and readers for both."""
+    items = Items(rows=Rows())
+    items.fold(entry(1, 1.6e9, flags=ENTERS | VOICE | SHOWN))
+    items.fold(entry(2, 1.6e9 + 60.0, offset=1, history=[1]))
+    blob = items.pack(items.rows.find(KEYS[[1]]))[0]
+    assert len(blob) == 8 * (19 + 4) + len("item-1")
+    assert blob.hex() == GOLDEN
+
+
+def test_foreign_rows_raise() -> None:
+    items = Items(rows=Rows())
+    items.fold(entry(1, 1.6e9))
+    blob = items.pack(np.array([0]))[0]
+    for bad in (b"", blob[:-1], b"\x07" + blob[1:], blob[:1] + b"\xff" + blob[2:]):
+        with pytest.raises(CodecError):
+            Items(rows=Rows()).load(KEYS[[1]], [bad])
+
+
+def test_neighbours_by_example() -> None:
+    items = Items(rows=Rows())
+    items.fold(entry(3, 1.6e9, history=[2, 1, 3]))
+    one, two, three = (int(items.rows.find(KEYS[[i]])[0]) for i in (1, 2, 3))
+    assert items.a_items[two, :2].tolist() == [three, -1]  # A: the newest only
+    assert items.a_items[one, 0] == -1
+    assert items.b_items[one, 0] == three
+    assert items.b_weights[one, 0] == pytest.approx(0.8)
+    assert dict(zip(items.b_items[three, :2].tolist(), items.b_weights[three, :2], strict=True)) == pytest.approx(
+        {two: 0.3, one: 0.24}
+    )
+    assert items.b_items[three, 2] == -1  # no self-transition
+    assert items.b_sums[three] == pytest.approx(0.54)
+
+
+def test_a_full_list_replaces_its_smallest_weight() -> None:
+    lists, weights, sums = np.full((1, K), -1, np.int32), np.zeros((1, K)), np.zeros(1)
+    for item in range(K):
+        bump(lists, weights, sums, 0, item, 1.0 + item)
+    bump(lists, weights, sums, 0, 77, 0.5)
+    assert lists[0, 0] == 77
+    assert weights[0, 0] == 0.5
+    assert sums[0] == pytest.approx(sum(range(1, K + 1)) + 0.5)
+
+
+def test_exposure_outcomes_and_voice() -> None:
+    items = Items(rows=Rows())
+    payload = shown(5, [1, 2], [1, 2, 3], np.zeros((3, 1)))
+    items.fold(entry(-1, 1.6e9, flags=0, kind=IMPRESSION, extra=payload))
+    items.fold(entry(1, 1.6e9, flags=ENTERS | SHOWN))
+    row = int(items.rows.find(KEYS[[1]])[0])
+    assert (items.shown[row], items.outcomes[row], items.popularity.weights[row, 7]) == (1, 1, 0.0)
+    assert items.rows.find(KEYS[[3]])[0] == -1  # a candidate that was not shown is nothing to count
+
+
+def test_catalogue_and_behaviour_are_disjoint() -> None:
+    items = Items(rows=Rows())
+    items.fold(entry(1, 1.6e9))
+    row = int(items.rows.find(KEYS[[1]])[0])
+    before = items.pack(np.array([row]))
+    items.set_item(int(KEYS[1]), NAMES[1], CatalogueItem(title="One", categories=["a", "b"]))
+    assert items.pack(np.array([row])) == before
+    assert (items.title(row), items.by_category["a"]) == ("One", {row})
+    items.set_item(int(KEYS[1]), NAMES[1], CatalogueItem(deleted=True))
+    assert not items.eligible[row]
+    assert items.by_category["a"] == set()
+    items.set_item(int(KEYS[1]), NAMES[1], CatalogueItem(categories=["b"]))
+    assert items.eligible[row]
+
+
+def test_only_catalogued_items_where_the_catalogue_is_required() -> None:
+    items = Items(rows=Rows(), require_catalogue=True)
+    items.fold(entry(1, 1.6e9))
+    assert items.eligible.tolist() == [False]
+    items.set_item(int(KEYS[1]), NAMES[1], CatalogueItem())
+    assert items.eligible.tolist() == [True]
+
+
+def test_rows_grow_and_find_by_low_half() -> None:
+    from models.rows import mark_low
+
+    rows = Rows(capacity=16)
+    keys = np.random.default_rng(0).integers(1, 2**63, 5000).astype(np.uint64)
+    twin = (keys[7] & np.uint64(0xFFFFFFFF)) | (np.uint64(9) << np.uint64(32))
+    assert rows.add(keys).tolist() == list(range(5000))
+    assert rows.add(np.array([twin])).tolist() == [5000]
+    assert rows.find(keys[::-1]).tolist() == list(range(4999, -1, -1))
+    marks = np.zeros(rows.n, np.uint8)
+    mark_low(rows.table, rows.keys, np.array([twin & np.uint64(0xFFFFFFFF)], np.uint32), marks, 1)
+    assert np.flatnonzero(marks).tolist() == [7, 5000]
