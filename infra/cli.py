@@ -213,6 +213,7 @@ def replay(
     plot: Annotated[
         Path | None, typer.Option(help="Draw NDCG over time into this picture.", show_default=False)
     ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Through Kafka, Redis and HTTP, on a private stack.")] = False,
     as_json: Json = False,
 ) -> None:
     """Replay a real log through the live code: rank each event's item, then learn it; report the figures.
@@ -222,7 +223,7 @@ def replay(
     """
     from infra.replaying import replay as run_replay
 
-    result = run_replay(path, form, columns, exclude, limit, seed, console(err=True) if not as_json else None)
+    result = run_replay(path, form, columns, exclude, limit, seed, console(err=True) if not as_json else None, live=live)
     if plot is not None:
         from streaming.replay import plot as draw
 
@@ -503,6 +504,35 @@ def dead_letters_show(
                 console().print(*(f"[bold]{name}[/] {value}" for name, value in shown.items()), sep="\n")
             return
     fail(f"no dead letter at {position}; `freshet dead-letters list` shows all.")
+
+
+@app.command(rich_help_panel=LOOK)
+def user(
+    user_id: Annotated[str, typer.Argument(help="Id of the user.", metavar="ID")],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """What is known of one user: recent sequence, counters, slates; asks the API of the running stack.
+
+      freshet user ann
+      freshet user ann --json
+    """  # fmt: skip
+    from urllib.parse import quote
+
+    from infra.status import ask
+
+    settings = Settings.load(data)
+    stack = read_stack(settings.data) or {}
+    api = str(stack.get("api") or f"http://{settings.host}:{settings.port}")
+    told = ask(f"{api}/v1/users/{quote(user_id, safe='')}", settings.admin_key)
+    if told is None:
+        fail(f"the API at {api} gives no answer. Start the stack with `freshet up`, or name its folder: --data DIR.")
+    if as_json:
+        show_json(told)
+        return
+    from infra.status import facts
+
+    console().print(facts(user_id, told))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -32,10 +32,10 @@ def collect(settings: Settings) -> dict[str, Any]:
         "processes": {name: _process(pid) for name, pid in (stack.get("processes") or {}).items()},
         "kafka": {"address": settings.kafka, "answers": bool(settings.kafka) and kafka_answers(settings.kafka)},
         "redis": {"address": _masked(settings, "redis"), "answers": _redis_answers(settings)},
-        "api": {"address": api, "ready": _get(api + "/health/ready", settings.admin_key) is not None},
+        "api": {"address": api, "ready": ask(api + "/health/ready", settings.admin_key) is not None},
     }
     for name, route in ROUTES.items():
-        answer[name] = _get(api + route, settings.admin_key) if answer["api"]["ready"] else None
+        answer[name] = ask(api + route, settings.admin_key) if answer["api"]["ready"] else None
     return answer
 
 
@@ -60,7 +60,8 @@ def _process(pid: int) -> dict[str, Any] | None:
     return None
 
 
-def _get(url: str, key: str) -> Any:
+def ask(url: str, key: str) -> Any:
+    """The JSON that a route of the API answers; None where it does not answer, or refuses."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:
@@ -94,11 +95,12 @@ def table(told: dict[str, Any]) -> Any:
     parts += [rows] if told["processes"] else ["No stack runs in this folder: `freshet up` starts one."]
     for name in ROUTES:
         if isinstance(told[name], dict):
-            parts.append(_facts(name, told[name]))
+            parts.append(facts(name, told[name]))
     return Group(*parts)
 
 
-def _facts(title: str, values: dict[str, Any]) -> Any:
+def facts(title: str, values: dict[str, Any]) -> Any:
+    """Names and values as a table for people."""
     from rich.table import Table
 
     rows = Table(box=None, show_header=False, title=title, title_justify="left", title_style="bold")

@@ -12,10 +12,15 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from infra.kafka import Broker, kafka_answers
 from infra.settings import PREFIX, Settings
 from infra.store import RedisServer, redis_answers
+
+# The first example of a law may compile kernels.
+hypothesis_settings.register_profile("freshet", deadline=None)
+hypothesis_settings.load_profile("freshet")
 
 _GIVEN = {name: os.environ.pop(PREFIX + name.upper(), "") for name in ("kafka", "redis")}
 

@@ -44,6 +44,7 @@ def test_help_teaches(tmp_path: Path) -> None:
         (("status",), {"FRESHET_PORT": "x"}, "setting port (environment FRESHET_PORT): expected a whole number"),
         (("worker", "--role", "cook"), {}, "--role: expected users or items, got 'cook'"),
         (("up", "--kafka", "127.0.0.1:1"), {}, "Kafka at 127.0.0.1:1 does not answer. It was named by FRESHET_KAFKA"),
+        (("user", "ann"), {"FRESHET_PORT": "1"}, "the API at http://127.0.0.1:1 gives no answer. Start the stack"),
         (("topics",), {}, "no Kafka: set FRESHET_KAFKA=host:port, or run `freshet up`."),
     ],
 )
@@ -104,6 +105,8 @@ def test_up_from_start_to_ctrl_c(tmp_path: Path) -> None:
         assert told["kafka"]["answers"]
         assert told["redis"]["answers"]
         assert told["api"]["ready"]
+        asked = freshet("user", "ann", "--data", str(data), "--json", cwd=tmp_path)
+        assert json.loads(asked.stdout)["user_id"] == "ann"
         assert all(process["rss_mb"] > 1 for process in told["processes"].values())
         second = freshet("up", "--data", str(data), cwd=tmp_path)
         assert second.returncode == 1
