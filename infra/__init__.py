@@ -8,8 +8,12 @@ Files, the lowest first:
     kafka       a real Apache Kafka broker without Docker, Java or Maven on the machine
     store       a real Redis server
     stack       the supervisor of a local stack, as a library
-    status      what `freshet status` tells
-    demo        what `freshet demo` shows in the terminal
-    bench       what `freshet bench` measures
-    cli         the console command: imports everything else, lazily
+    status           what `freshet status` tells
+    demo             `freshet demo` and `simulate` in the terminal
+    replaying        `freshet replay` in the terminal
+    replaying_live   the same log through a private stack
+    inspecting       `freshet rebuild` and `dead-letters` in the terminal
+    bench            what `freshet bench` measures
+    load             its load, from a process of its own
+    cli              the console command: imports everything else, lazily
 """

@@ -1,5 +1,6 @@
 """The one place that names every Prometheus series, and that sets up logging; knows nothing of what is measured.
 
+The API exposes them; workers and learner tell their curves in Redis (`fr@1:metrics:<name>`), where the page reads them.
 A process makes one `Telemetry` and hands it on; nothing is registered at import. Durations are in seconds and are
 observed for failures too: a histogram that counts successes only would flatter.
 """
@@ -20,7 +21,6 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 READY_FILE: Final = "FRESHET_READY_FILE"
 EXIT_FOR_GOOD: Final = 78  # exit code of a process that a restart cannot help; the supervisor leaves it ended
 FAST: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-SLOW: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,6 @@ class Series:
 HTTP_SECONDS = Series(
     "freshet_http_seconds", "histogram", "Time to answer a request, failures too.", ("route", "method", "status"), FAST
 )
-EVENTS_RECEIVED = Series(
-    "freshet_events_received_total", "counter", "Events at the HTTP door.", ("type", "status")
-)  # fmt: skip
 SLATES = Series("freshet_slates_total", "counter", "Slates served.", ("policy", "degraded"))
 SLATE_SECONDS = Series("freshet_slate_seconds", "histogram", "Time of one stage of a slate.", ("stage",), FAST)
 IMPRESSIONS = Series(
@@ -51,28 +48,6 @@ SNAPSHOT_POSITION = Series(
 )
 SNAPSHOT_RELOADS = Series("freshet_snapshot_reloads_total", "counter", "Reloads of the arrays from Redis.", ("feed",))
 SNAPSHOT_ROWS = Series("freshet_snapshot_rows", "gauge", "Rows held by this process's arrays.", ("feed",))
-
-APPLIED = Series("freshet_applied_total", "counter", "Entries folded into committed state.", ("agent",))
-DUPLICATES = Series("freshet_duplicates_total", "counter", "Events seen before and dropped.", ("agent",))
-DEAD_LETTERS = Series("freshet_dead_letters_total", "counter", "Records that could not be used.", ("topic",))
-DEDUPE_OVERFLOW = Series(
-    "freshet_dedupe_overflow_total", "counter", "Event ids pushed out of a user's window before 24 h."
-)
-COMMIT_REFUSED = Series("freshet_commit_refused_total", "counter", "Commits that found another writer.", ("agent",))
-BATCH_SECONDS = Series(
-    "freshet_batch_seconds", "histogram", "Time of one micro-batch, read to commit.", ("agent",), FAST
-)
-APPLIED_DELAY_SECONDS = Series(
-    "freshet_applied_delay_seconds", "histogram", "Log append to committed profile.", ("agent",), SLOW
-)
-LAG = Series(
-    "freshet_lag", "gauge", "Records of a topic that this process has not applied yet.", ("agent", "partition")
-)
-
-STEPS = Series("freshet_learner_steps_total", "counter", "Steps of the learner.")
-STEP_SECONDS = Series("freshet_learner_step_seconds", "histogram", "Time of one step of the learner.", (), SLOW)
-LOSS = Series("freshet_learner_loss", "gauge", "Loss of the last step, before it was learnt.", ("head",))
-LEARNER_POSITION = Series("freshet_learner_position", "gauge", "Offset in examples up to which the weights are.")
 
 SERIES: Final = tuple(value for value in list(globals().values()) if isinstance(value, Series))
 

@@ -11,6 +11,8 @@ Files in the order in which one event travels through them:
     embeddings   the users' cached decayed embeddings
     state        Redis keys, reads and atomic commits; the only importer of redis
     trainer      the learner process
+    dead_letters  what could not be folded, each once
+    logs         readers of real logs
     replay       a real log through the very code that runs live
     rebuild      the same state again, from offset 0
     world        a world of users with known, drifting tastes
