@@ -1,0 +1,113 @@
+"""Every learner keeps the contract; what the learner learns: joins, negatives, mixture, refill."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.decay import RATES
+from models.examples import ENTERS, IMPRESSION, SHOWN, VIEW, VOICE, Entries
+from models.learner import WINDOW_S, Learner, Origin
+from models.ranker import F, Ranker
+from models.rows import Rows
+from tests.entries import KEYS, Walk, cuts, entry, shown
+from tests.learner_checks import CHECKS, EXEMPT, SUBJECTS, Subject
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check, subject: type[Subject]) -> None:  # type: ignore[no-untyped-def]
+    if (check.__name__, subject) in EXEMPT:
+        pytest.skip(EXEMPT[check.__name__, subject])
+    check(subject)
+
+
+def impression(slate: int, items: list[int], candidates: list[int], time: float, seed: int = 0) -> Entries:
+    features = np.random.default_rng(seed).normal(size=(len(candidates), F))
+    payload = shown(slate, items, candidates, features)
+    return entry(-1, time, flags=0, kind=IMPRESSION, extra=payload, slates=(slate,))
+
+
+def outcome(item: int, time: float, *slates: int) -> Entries:
+    return entry(item, time, flags=ENTERS | VOICE | SHOWN, slates=slates)
+
+
+def test_an_outcome_trains_on_the_newest_slate_that_lists_it() -> None:
+    learner = Learner(rows=Rows())
+    learner.learn(impression(1, [1, 2], [1, 2, 3, 4], 1e9))
+    learner.learn(impression(2, [5, 6], [5, 6, 7, 3], 1e9 + 1))
+    assert learner.learn(outcome(3, 1e9 + 2, 2, 1)).lists == 1
+    expected = Ranker()
+    expected.learn(np.random.default_rng(0).normal(size=(4, F)).astype(np.float16).astype(float), 3)
+    np.testing.assert_array_equal(learner.model.ranker.weights, expected.weights)
+    assert learner.learn(outcome(4, 1e9 + 3, 2, 1)).joined == 1  # only the older one lists it
+    assert learner.learn(outcome(9, 1e9 + 4, 2, 1)).joined == 0  # in no list: counts and encoder only
+    assert learner.learn(outcome(3, 1e9 + 5)).joined == 0
+
+
+def test_the_window_is_bounded_in_stream_time() -> None:
+    learner = Learner(rows=Rows())
+    learner.learn(impression(1, [1], [1, 2], 1e9))
+    learner.learn(impression(2, [1], [1, 2], 1e9 + WINDOW_S + 1))
+    assert list(learner.window) == [2]
+
+
+@pytest.mark.parametrize(
+    ("views", "chosen", "examined"),
+    [([], 1, [0, 1, 2]), ([4], 1, [0, 1, 2, 4]), ([], 0, [0, 1]), ([], 4, [0, 1, 2, 3, 4])],
+)
+def test_shown_items_alone_use_what_was_examined(views: list[int], chosen: int, examined: list[int]) -> None:
+    """Without logged candidates: viewed items, and those down to one below the lowest choice, are the negatives."""
+    learner, items = Learner(rows=Rows()), [10, 11, 12, 13, 14]
+    learner.learn(impression(1, items, items, 1e9))
+    for place in views:
+        learner.learn(entry(items[place], 1e9, flags=0, kind=VIEW, slates=(1,)))
+    learner.learn(outcome(items[chosen], 1e9 + 1, 1))
+    expected, x = Ranker(), np.random.default_rng(0).normal(size=(5, F)).astype(np.float16).astype(float)
+    expected.learn(x[examined], examined.index(chosen))
+    np.testing.assert_array_equal(learner.model.ranker.weights, expected.weights)
+
+
+def test_the_mixture_goes_to_what_predicts() -> None:
+    """Items that live for a day each: half-lives of hours and days gain, years lose."""
+    learner, rng = Learner(rows=Rows()), np.random.default_rng(0)
+    for i in range(4000):
+        time = 1.7e9 + i * 120.0
+        item = (int(time // 86400) * 3 + int(rng.integers(3))) % len(KEYS)
+        learner.learn(entry(item, time))
+    mixture = learner.model.mixture
+    assert mixture.sum() == pytest.approx(1.0)
+    assert mixture[:5].sum() > 0.8
+    assert RATES[0] > RATES[-1]
+
+
+def test_vectors_learn_what_follows_what() -> None:
+    """On a walk i -> i + 1 the encoder's score of the next item is far above the others'."""
+    learner = Learner(rows=Rows())
+    entries = Walk(n=1500, users=3).entries()
+    for part in cuts(entries, list(range(8, 1500, 8))):
+        learner.learn(part)
+    factors, above = learner.model.factors, []
+    for i in range(50):
+        history = learner.rows.find(KEYS[[i]])
+        scores = factors.vectors[learner.rows.find(KEYS)] @ factors.encode(history)
+        above.append(float((scores < scores[i + 1]).mean()))
+    assert np.mean(above) > 0.85
+
+
+def test_refill_brings_back_the_window() -> None:
+    parts = cuts(Walk(n=300, width=F, pace=60.0).entries(), list(range(5, 300, 5)))
+    straight, again = Learner(rows=Rows()), Learner(rows=Rows())
+    for number, part in enumerate(parts):
+        straight.learn(part, Origin(number, straight.stream_time))
+    origin = straight.window_origin()
+    assert origin is not None
+    again.stream_time = origin.time
+    for number, part in enumerate(parts):
+        if number >= origin.offset:
+            again.refill(part, Origin(number, again.stream_time))
+    assert list(again.window) == list(straight.window)
+    for slate, held in straight.window.items():
+        assert again.window[slate].chosen == held.chosen
+        assert again.window[slate].viewed == held.viewed
+    assert again.learnt == 0

@@ -1,0 +1,115 @@
+"""Named features and the linear ranker: values by formula, alone or in a batch; learning what separates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.items import Items
+from models.learner import Learner
+from models.ranker import FEATURES, LOG_PRIOR, LOG_TRANSITION, F, Ranker, features
+from models.rows import Rows
+from tests.entries import KEYS, Walk
+
+
+def system(n: int = 300) -> tuple[Items, Learner]:
+    rows = Rows()
+    items, learner = Items(rows=rows), Learner(rows=rows)
+    entries = Walk(n=n, width=F).entries()
+    items.fold(entries)
+    for at in range(0, n, 20):
+        learner.learn(entries.slice(at, min(at + 20, n), []))
+    return items, learner
+
+
+def compute(items: Items, learner: Learner, places: list[int], history: list[int], **changes: Any) -> np.ndarray:
+    now = changes.get("now", float(items.popularity.last[0]) + 60.0)
+    times = changes.get("times", now - 100.0 * np.arange(1.0, len(history) + 1))
+    rows, own = items.rows.find(KEYS[places]), items.rows.find(KEYS[history] if history else KEYS[:0])
+    frame, factors = items.popularity.at(now), learner.model.factors
+    out = np.empty((len(rows), F))
+    place = np.full(items.n, -1, np.int32)
+    features(
+        rows, place, own, times, now, items.arrays(), items.born, frame[0], frame[1], frame[2], float(items.n),
+        learner.model.mixture, factors.vectors, factors.bias, factors.encode(own), out,
+    )  # fmt: skip
+    assert (place == -1).all()
+    return out
+
+
+def test_features_are_the_same_in_a_batch_or_alone() -> None:
+    items, learner = system()
+    places, history = list(range(30)), [5, 7, 5, 1, 9]
+    together = compute(items, learner, places, history)
+    assert np.isfinite(together).all()
+    backwards = compute(items, learner, places[::-1], history)
+    np.testing.assert_array_equal(together, backwards[::-1])
+    for i, place in enumerate(places):
+        np.testing.assert_array_equal(together[i], compute(items, learner, [place], history)[0])
+
+
+def test_features_by_formula() -> None:
+    items, learner = system()
+    now = float(items.popularity.last[0]) + 60.0
+    x = compute(items, learner, [6], [5, 6], now=now, times=np.array([now - 100.0, now - 200.0]))[0]
+    value = dict(zip(FEATURES, x, strict=True))
+    row, h0 = items.rows.find(KEYS[[6, 5]]).tolist()
+    prior = math.exp(value["log_prior"])
+    p = np.exp(x[:8])
+    assert prior == pytest.approx(float(learner.model.mixture @ p))
+    count = float(items.a_weights[h0][items.a_items[h0] == row].sum())
+    lift = math.log((count / prior + 5) / (items.a_sums[h0] + 5))
+    assert value["lift_a0"] == pytest.approx(lift)
+    assert value["lift_a0_in_session"] == pytest.approx(lift)
+    assert value["own_count"] == pytest.approx(math.log(2))
+    assert value["own_recency"] == pytest.approx(math.log1p(2592000 / 260))
+    assert value["log_gap"] == pytest.approx(math.log(101))
+    assert value["log_history"] == pytest.approx(math.log(3))
+    assert value["log_count"] == pytest.approx(math.log1p(items.popularity.weights[row, 7]))
+    assert value["log_age"] == pytest.approx(math.log1p(now - items.first[row]))
+    assert value["log_idle"] == pytest.approx(math.log1p(now - items.last[row]))
+    vectors = learner.model.factors.vectors
+    assert value["similarity_0"] == pytest.approx(float(vectors[h0] @ vectors[row]), rel=1e-4)
+
+
+def test_without_a_history_the_user_features_are_zero() -> None:
+    items, learner = system()
+    x = compute(items, learner, [1, 2, 3], [])
+    assert np.isfinite(x).all()
+    for name in ("lift_a0", "lift_b0", "lift_b", "similarity_0", "own_count", "own_recency", "lift_a0_in_session"):
+        assert not x[:, FEATURES.index(name)].any()
+
+
+def test_birth_scores_by_prior_and_transition() -> None:
+    ranker, x = Ranker(), np.zeros((2, F))
+    x[1, LOG_PRIOR], x[1, LOG_TRANSITION] = 1.0, 2.0
+    assert np.diff(ranker.score(x))[0] == pytest.approx(1.5, rel=1e-5)
+
+
+def test_it_learns_what_separates_and_normalises() -> None:
+    ranker, rng = Ranker(), np.random.default_rng(0)
+    wins = 0
+    for i in range(800):
+        x = 100.0 + 7.0 * rng.normal(size=(30, F))
+        label = int(np.argmax(x[:, 3] - x[:, 5]))
+        wins += i >= 400 and int(np.argmax(ranker.score(x))) == label
+        ranker.learn(x, label)
+    assert wins > 200  # of 400, against 13 by chance
+    assert ranker.mean == pytest.approx(np.full(F, 100.0), abs=1.0)
+    assert np.sqrt(ranker.variance) == pytest.approx(np.full(F, 7.0), rel=0.2)
+    assert ranker.named()[FEATURES[3]] > 0.5 > -0.5 > ranker.named()[FEATURES[5]]
+
+
+def test_lists_that_teach_nothing_change_nothing() -> None:
+    ranker = Ranker()
+    before = ranker.weights.copy()
+    assert ranker.learn(np.ones((1, F)), 0) == 0.0
+    assert ranker.learn(np.full((3, F), np.nan), 0) == 0.0
+    np.testing.assert_array_equal(ranker.weights, before)
+
+
+def test_feature_names_are_distinct() -> None:
+    assert len(set(FEATURES)) == F

@@ -1,0 +1,208 @@
+"""The slate: exclusions, exact propensities, determinism, reasons, trace; each channel's top is exact."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.examples import Shown, item_hash
+from models.items import CatalogueItem, Items
+from models.learner import Learner
+from models.model import Model
+from models.ranker import F
+from models.recommend import History, Request, draw, popular, recommend, samples, similar
+from models.retrieval import CHANNELS, QUOTAS, log_into, ranks, top
+from models.rows import Rows
+from tests.entries import KEYS, NAMES, Walk
+
+END = 1.7e9 + 2e6
+
+
+@pytest.fixture(scope="module")
+def system() -> tuple[Items, Model]:
+    rows = Rows()
+    items, learner = Items(rows=rows), Learner(rows=rows)
+    entries = Walk(n=600, width=F).entries()
+    items.fold(entries)
+    for at in range(0, 600, 20):
+        learner.learn(entries.slice(at, at + 20, []))
+    return items, learner.model
+
+
+def history(*places: int) -> History:
+    keys = KEYS[list(places)]
+    times = END - 60.0 * np.arange(1.0, len(places) + 1)
+    return History(keys, times, np.ones(len(places), np.uint8), (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+
+
+def test_a_slate(system: tuple[Items, Model]) -> None:
+    items, model = system
+    slate = recommend(items, model, history(3, 4), Request("s", END, keep_candidates=True))
+    assert len(slate.rows) == len(set(slate.rows.tolist())) == 10
+    assert not set(slate.candidates.tolist()) & set(KEYS[[3, 4]].tolist())
+    assert slate.features.shape == (len(slate.candidates), F)
+    assert np.isfinite(slate.features).all()
+    assert len(slate.reasons) == 10
+    assert all(slate.reasons)
+    assert [items.rows.keys[row] for row in slate.rows] == slate.items.tolist()
+    again = recommend(items, model, history(3, 4), Request("s", END, keep_candidates=True))
+    np.testing.assert_array_equal(again.items, slate.items)
+
+
+def test_greedy_is_in_order_of_score(system: tuple[Items, Model]) -> None:
+    slate = recommend(*system, history(3), Request("s", END, policy="greedy"))
+    assert all(a >= b for a, b in pairwise(slate.scores.tolist()))
+    assert slate.propensities.tolist() == [1.0] * 10
+    assert slate.scores[0] == slate.candidate_scores.max()
+
+
+def test_a_score_does_not_depend_on_the_other_candidates(system: tuple[Items, Model]) -> None:
+    wide = recommend(*system, history(3), Request("s", END, policy="greedy"))
+    scores = dict(zip(wide.candidates.tolist(), wide.candidate_scores.tolist(), strict=True))
+    narrow = recommend(*system, history(3), Request("s", END, policy="greedy", exclude=wide.items[:5]))
+    assert not set(narrow.candidates.tolist()) & set(wide.items[:5].tolist())
+    for key, score in zip(narrow.candidates.tolist(), narrow.candidate_scores.tolist(), strict=True):
+        assert scores.get(key, score) == score
+
+
+def test_seen_excluded_categories_deleted() -> None:
+    rows = Rows()
+    items, model = Items(rows=rows), Model(rows=rows)
+    for i in range(20):
+        item = CatalogueItem(title=f"T{i}", categories=["even" if i % 2 == 0 else "odd"], deleted=i == 8)
+        items.set_item(int(KEYS[i]), NAMES[i], item)
+
+    def offered(**changes: object) -> set[int]:
+        request = Request("s", END, n=30, policy="greedy", **changes)  # type: ignore[arg-type]
+        return {NAMES.index(items.ids[row]) for row in recommend(items, model, history(1, 2), request).rows}
+
+    assert offered() == set(range(20)) - {1, 2, 8}
+    assert offered(seen="include") == set(range(20)) - {8}
+    assert offered(exclude=KEYS[[4, 59]]) == set(range(20)) - {1, 2, 4, 8}
+    assert offered(categories=frozenset({"even"})) == set(range(0, 20, 2)) - {2, 8}
+    assert offered(categories=frozenset({"none"})) == set()
+
+
+def test_an_empty_catalogue_gives_an_empty_slate() -> None:
+    rows = Rows()
+    slate = recommend(Items(rows=rows), Model(rows=rows), History(), Request("s", 1e9, trace=True))
+    assert (len(slate.rows), slate.reasons) == (0, [])
+    assert popular(Items(rows=rows), Model(rows=rows), 5, KEYS[:0], 1e9) == []
+    assert similar(Items(rows=rows), Model(rows=rows), 5, 5) == []
+
+
+@given(st.integers(2, 6), st.integers(1, 4), st.floats(0.01, 1.0))
+def test_propensities_are_exact(m: int, n: int, epsilon: float) -> None:
+    """Each slot's propensity is the probability the rule gives its item, and these add up to 1 over what is left."""
+    scores = np.arange(m, dtype=float)[::-1].copy()
+    for name in range(20):
+        drawn, propensities = draw(scores, Request(f"s{name}", 0.0, n=n, epsilon=epsilon))
+        assert len(drawn) == min(n, m) == len(set(drawn.tolist()))
+        left = list(range(m))  # best first
+        for item, propensity in zip(drawn.tolist(), propensities.tolist(), strict=True):
+            each = {other: (1 - epsilon) * (other == left[0]) + epsilon / len(left) for other in left}
+            assert sum(each.values()) == pytest.approx(1.0)
+            assert propensity == pytest.approx(each[item], rel=1e-6)
+            left.remove(item)
+
+
+def test_propensities_are_the_frequencies() -> None:
+    """Enumerated: over many slate ids, ordered slates come as often as the product of their propensities says."""
+    scores, n = np.array([3.0, 2.0, 1.0]), 20_000
+    counts: dict[tuple[int, ...], int] = {}
+    expected: dict[tuple[int, ...], float] = {}
+    for name in range(n):
+        drawn, propensities = draw(scores, Request(f"x{name}", 0.0, n=2, epsilon=0.6))
+        order = tuple(drawn.tolist())
+        counts[order] = counts.get(order, 0) + 1
+        expected[order] = float(np.prod(propensities))
+    assert len(expected) == 6
+    assert sum(expected.values()) == pytest.approx(1.0, abs=1e-6)
+    for order, p in expected.items():
+        assert abs(counts[order] - n * p) < 5 * np.sqrt(n * p * (1 - p))
+
+
+def test_the_impression_carries_what_the_learner_needs(system: tuple[Items, Model]) -> None:
+    for keep in (True, False):
+        slate = recommend(*system, history(3), Request("s", END, keep_candidates=keep, surface="home"))
+        shown = Shown.from_bytes(slate.impression().to_bytes())
+        assert shown.slate == item_hash("s")
+        assert (len(shown.candidates) > 10) == keep
+        np.testing.assert_array_equal(shown.items, slate.items)
+        np.testing.assert_array_equal(shown.candidates, slate.candidates if keep else slate.items)
+        assert shown.features.shape == (len(shown.candidates), F)
+        assert (shown.policy, shown.surface) == ("epsilon", "home")
+
+
+def test_the_share_of_kept_slates() -> None:
+    share = np.mean([samples(f"s{i}", 0.1) for i in range(4000)])
+    assert 0.08 < share < 0.12
+    assert samples("any", 1.0)
+    assert not samples("any", 0.0)
+
+
+def test_own_recent_items_come_back_when_seen_is_included(system: tuple[Items, Model]) -> None:
+    slate = recommend(*system, history(3, 9), Request("s", END, seen="include", keep_candidates=True))
+    recent = {int(k) for k, c in zip(slate.candidates, slate.candidate_channels, strict=True) if c == 5}
+    assert recent <= set(KEYS[[3, 9]].tolist())
+    assert set(KEYS[[3, 9]].tolist()) <= set(slate.candidates.tolist())
+
+
+def test_the_trace_names_channels_and_times(system: tuple[Items, Model]) -> None:
+    ticks = iter(range(100))
+    slate = recommend(*system, history(3), Request("s", END, trace=True), clock=lambda: float(next(ticks)))
+    assert set(slate.trace["channels"]) == set(CHANNELS)
+    assert slate.trace["stages"] == {"retrieve_ms": 1e3, "rank_ms": 1e3, "draw_ms": 1e3}
+    assert slate.trace["scores"][0]["score"] == pytest.approx(float(slate.candidate_scores.max()), rel=1e-5)
+
+
+def test_popular_and_similar(system: tuple[Items, Model]) -> None:
+    items, model = system
+    best = popular(items, model, 5, KEYS[:1], END, "none")
+    counts = items.popularity.weights[: items.n, 7].copy()
+    counts[items.rows.find(KEYS[:1])] = 0
+    assert best[0][0] in np.flatnonzero(counts == counts.max())
+    with pytest.raises(ValueError, match="half_life"):
+        popular(items, model, 5, KEYS[:0], END, "3d")
+    near = similar(items, model, int(KEYS[7]), 5)
+    assert len(near) == 5
+    assert NAMES.index(items.ids[near[0][0]]) in (6, 8)
+    assert similar(items, model, 999, 5) == []
+
+
+def test_ranks_are_the_mid_ranks_of_popularity(system: tuple[Items, Model]) -> None:
+    items, model = system
+    blocked = np.zeros(items.n, np.uint8)
+    blocked[3] = 1
+    for h, name in ((2, "2h"), (7, "none")):
+        order = popular(items, model, items.n, items.rows.keys[[3]], END, name)
+        scores = dict(order)
+        row = order[4][0]
+        rank = ranks(items.arrays(), items.n, blocked, row, items.popularity.at(END), float(items.n))[h]
+        above = sum(s > scores[row] for s in scores.values())
+        assert above <= rank <= above + sum(s == scores[row] for s in scores.values()) - 1
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=200), st.integers(1, 40))
+def test_top_is_exact(values: list[int], k: int) -> None:
+    scores, blocked = np.array(values, np.float32), np.zeros(len(values), np.uint8)
+    blocked[::3] = 1
+    found = top(scores, len(scores), blocked, k)
+    open_rows = np.flatnonzero(blocked == 0)
+    assert scores[found].tolist() == sorted(scores[open_rows].tolist(), reverse=True)[:k]
+    assert not blocked[found].any()
+
+
+def test_the_fast_logarithm() -> None:
+    values = np.exp(np.random.default_rng(0).uniform(-40, 5, 5000)).astype(np.float32)
+    out = np.empty_like(values)
+    log_into(values, len(values), out)
+    np.testing.assert_allclose(out, np.log(values), atol=2e-5)
+
+
+def test_quotas_have_names() -> None:
+    assert len(QUOTAS) == len(CHANNELS)
