@@ -16,12 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from infra.process import folder_lock
 from infra.settings import Settings
 from infra.stack import Stack, StackError
-from streaming.simulate import Simulation, inlet_sender
+from streaming.simulate import Api, ApiError, Simulation, inlet_sender
 from streaming.state import StoreError, StoreUnavailable, append_metrics, connect, live_keys, read_metrics
 from streaming.topics import Log, Topics
 from streaming.world import World
@@ -116,7 +114,7 @@ def run_simulate(
                     show=table_shower(console, status, "simulate"), interrupts=interrupts,
                 )
             )  # fmt: skip
-        except httpx.HTTPError as error:
+        except ApiError as error:
             raise StackError(
                 f"{api} does not answer as expected ({error}). `freshet status` shows what runs."
             ) from error
@@ -158,15 +156,11 @@ async def simulate(
     show: Show, interrupts: _Interrupts | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Let the world's people use a running stack for `seconds` (inf: until interrupted); returns the report."""
-    limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
-    headers = {"Authorization": f"Bearer {settings.admin_key}"} if settings.admin_key else {}
-    async with (
-        httpx.AsyncClient(base_url=api, limits=limits, headers=headers, timeout=10.0) as client,
-        _inlets(settings) as inlet,
-    ):
+    async with Api(api, key=settings.admin_key) as client, _inlets(settings) as inlet:
         world = World(users=users, items=items, seed=seed, start=time.time())
         simulation = Simulation(world, client, inlet=inlet)
         await simulation.publish()
+        await simulation.wait_served()
         people = asyncio.create_task(simulation.run(seconds, slates_per_s=rate))
         screen = Screen(api, began)
         figures = asyncio.create_task(_figures(settings, simulation, screen, show))

@@ -7,8 +7,10 @@ how slates are made or how events travel, and reads no clock.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,15 +47,22 @@ class Entry(NamedTuple):
     oracle: float
 
 
+_time = attrgetter("time")
+
+
 @dataclass(slots=True)
 class Scorecard:
     """All entries of one run, in order of time."""
 
     entries: list[Entry]
 
-    def add(self, world: World, user: int, ours: Rows, popular: Rows, exclude: frozenset[int] = frozenset()) -> Entry:
-        """Score the slate we served and the popular one for the same person at the same moment, before they react."""
-        n = max(len(ours), len(popular))
+    def add(
+        self, world: World, user: int, ours: Rows, popular: Rows, n: int, exclude: frozenset[int] = frozenset()
+    ) -> Entry:
+        """Score the slate we served and the popular one for the same person at the same moment, before they react.
+
+        `n` were asked for: a slate that came back shorter is scored as it is, the oracle has n.
+        """
         best = world.expected_clicks(user, world.oracle(user, n, exclude))
         entry = Entry(world.now, user, world.expected_clicks(user, ours), world.expected_clicks(user, popular), best)
         self.entries.append(entry)
@@ -61,7 +70,7 @@ class Scorecard:
 
     def between(self, since: float, until: float = np.inf) -> list[Entry]:
         """The entries with since <= time < until."""
-        return [entry for entry in self.entries if since <= entry.time < until]
+        return self.entries[bisect_left(self.entries, since, key=_time) : bisect_left(self.entries, until, key=_time)]
 
     def means(self, since: float = -np.inf, until: float = np.inf) -> Means:
         """Mean expected clicks per slate; NaN without a slate."""
@@ -86,8 +95,8 @@ class Scorecard:
 
 def _resampled(total: Floats, count: Floats, rng: np.random.Generator) -> Floats:
     """Means of BOOTSTRAP samples of users drawn with replacement: sum of differences over sum of slates."""
-    weights = rng.multinomial(len(total), np.full(len(total), 1.0 / len(total)), size=BOOTSTRAP)
-    return np.asarray((weights @ total) / (weights @ count))
+    drawn = rng.integers(0, len(total), (BOOTSTRAP, len(total)))
+    return np.asarray(total[drawn].sum(axis=1) / count[drawn].sum(axis=1))
 
 
 class Recommender(Protocol):
@@ -136,5 +145,5 @@ def _one_slate(
     if first and rng.random() < world.parameters.browse:
         people.observe(user, world.browse(user, rng), None, world.now)
     ours, popular = people.recommend(user, n, world.now), people.popular(user, n, world.now)
-    card.add(world, user, ours, popular)
+    card.add(world, user, ours, popular, n)
     people.observe(user, world.react(user, ours, rng), ours, world.now)

@@ -199,7 +199,9 @@ class World:
         logit = p.base + self.bias[user] + p.gain * (self.vectors[rows] @ self.taste[user]) + self.appeal[rows]
         chance = 1.0 / (1.0 + np.exp(-(logit - np.minimum(np.log(2.0) * age / self.shelf[rows], p.floor))))
         known = self.clicked[user]
-        return np.asarray(np.where([row in known for row in rows.tolist()], p.repeat * chance, chance))
+        if known:
+            chance[np.isin(rows, np.fromiter(known, np.int64, len(known)))] *= p.repeat
+        return np.asarray(chance)
 
     def looked_at(self, n: int) -> Floats:
         """p(looked at | position) for the first n positions."""

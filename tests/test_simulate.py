@@ -155,7 +155,7 @@ def test_the_lead_is_paired_and_clustered_by_user() -> None:
     world, card, rng = make(), Scorecard([]), np.random.default_rng(8)
     for user in range(40):
         for _ in range(5):
-            card.add(world, user, world.oracle(user, 10), rng.choice(world.live, 10, replace=False))
+            card.add(world, user, world.oracle(user, 10), rng.choice(world.live, 10, replace=False), 10)
     lead = card.lead(rng=np.random.default_rng(9))
     assert 0 < lead.low < lead.mean < lead.high
     means = card.means()
