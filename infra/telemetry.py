@@ -37,6 +37,7 @@ class Series:
 HTTP_SECONDS = Series(
     "freshet_http_seconds", "histogram", "Time to answer a request, failures too.", ("route", "method", "status"), FAST
 )
+EVENTS_RECEIVED = Series("freshet_events_received_total", "counter", "Events at the HTTP door.", ("type", "status"))
 SLATES = Series("freshet_slates_total", "counter", "Slates served.", ("policy", "degraded"))
 SLATE_SECONDS = Series("freshet_slate_seconds", "histogram", "Time of one stage of a slate.", ("stage",), FAST)
 IMPRESSIONS = Series(

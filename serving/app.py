@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -19,7 +20,10 @@ from starlette.responses import Response
 
 from infra.settings import Settings
 from infra.telemetry import IMPRESSIONS, SNAPSHOT_RELOADS, Telemetry, configure_logging, mark_ready
-from models.recommend import History, recommend
+from models.examples import item_hash
+from models.items import CatalogueItem
+from models.profile import Profiles, unpack
+from models.recommend import History, popular, recommend, similar
 from models.recommend import Request as Ask
 from serving import live as page
 from serving.api import doors
@@ -148,9 +152,21 @@ async def _warm(parts: Parts) -> None:
 
 
 def warm() -> None:
-    """Score an empty catalogue once: compiles every kernel that a lookup calls."""
-    empty = Live.empty()
-    recommend(empty.items, empty.model, History(), Ask(slate_id="warm", now=0.0))
+    """Score once over two made-up items: compiles every kernel that a lookup, a load or a delta calls."""
+    live = Live.empty()
+    rows = np.array([live.items.set_item(item_hash(name), name, CatalogueItem()) for name in ("a", "b")])
+    hashes = live.items.rows.keys[rows]
+    live.items.load(hashes, live.items.pack(rows))
+    live.model.load_rows(hashes, live.model.pack_rows(rows))
+    live.items.load_totals(live.items.pack_totals())
+    blank = Profiles([None], [None]).pack(np.zeros(1, np.int64))[0]
+    unpack(blank, None)
+    seen = History(items=hashes, times=np.zeros(2), kinds=np.ones(2, np.uint8), seen=hashes.astype(np.uint32))
+    for now in (0.0, 1.0):
+        recommend(live.items, live.model, seen, Ask(slate_id="warm", now=now, seen="include"))
+        recommend(live.items, live.model, seen, Ask(slate_id="warm", now=now, exclude=hashes))
+    popular(live.items, live.model, 2, hashes[:1], 1.0)
+    similar(live.items, live.model, int(hashes[0]), 1)
 
 
 async def _tell_ready(parts: Parts) -> None:

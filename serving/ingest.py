@@ -16,6 +16,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from infra.telemetry import EVENTS_RECEIVED
 from serving.messages import (
     MAX_LIST,
     MAX_USER_EVENTS,
@@ -43,6 +44,8 @@ async def append(parts: Parts, topic: str, records: Sequence[Record]) -> dict[in
     """Append records and return partition -> last offset once all are acknowledged; raises Problem 503."""
     if parts.appending >= MAX_APPENDING:
         raise _unavailable(f"{parts.appending} requests already wait for it")
+    if parts.log_problem:
+        raise _unavailable(parts.log_problem)
     parts.appending += 1
     try:
         async with asyncio.timeout(ACK_S):
@@ -100,6 +103,7 @@ async def post_events(parts: Parts, request: Request) -> Response:
     verdicts: list[Verdict] = []
     records: list[Record] = []
     users: Counter[str] = Counter()
+    types: Counter[str] = Counter()
     for index, value in enumerate(values):
         try:
             event = read_event(value, now)
@@ -108,6 +112,7 @@ async def post_events(parts: Parts, request: Request) -> Response:
                 raise _problem(error) from error
             verdicts.append(Verdict(index, "rejected", reason=str(error)))
             continue
+        types[type(event).__name__.lower()] += 1
         users[event.user_id] += 1
         if users[event.user_id] > MAX_USER_EVENTS:
             raise Problem(422, f"body[{index}].user_id", f"at most {MAX_USER_EVENTS} events of a user", "more")
@@ -115,6 +120,10 @@ async def post_events(parts: Parts, request: Request) -> Response:
         records.append((partition_of(event.user_id, parts.settings.partitions), key, events.encode(event)))
         verdicts.append(Verdict(index, "accepted", event_id=event.event_id or UNSET))
     last = await append(parts, parts.topics.events, records) if records else {}
+    for name, count in types.items():
+        parts.telemetry.count(EVENTS_RECEIVED, count, type=name, status="accepted")
+    if len(records) < len(values):
+        parts.telemetry.count(EVENTS_RECEIVED, len(values) - len(records), type="unknown", status="rejected")
     token = encode_token(last) if last else None
     return json_response(Accepted(len(records), len(values) - len(records), verdicts, token), 202)
 

@@ -184,10 +184,13 @@ class _Script:
         for attempt in (0, 1):
             if not self._sha:
                 self._sha = await client.script_load(self._text)
-            pipe = client.pipeline(transaction=False)
-            for keys, arguments in calls:
-                pipe.execute_command(self._call, self._sha, len(keys), *keys, *arguments)
+            commands = [(self._call, self._sha, len(keys), *keys, *arguments) for keys, arguments in calls]
             try:
+                if len(commands) == 1:  # a lookup: the client's pipeline costs more than the call
+                    return [await client.execute_command(*commands[0])]
+                pipe = client.pipeline(transaction=False)
+                for command in commands:
+                    pipe.execute_command(*command)
                 return list(await pipe.execute())
             except NoScriptError:
                 if attempt:
