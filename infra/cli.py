@@ -223,7 +223,8 @@ def replay(
     """
     from infra.replaying import replay as run_replay
 
-    result = run_replay(path, form, columns, exclude, limit, seed, console(err=True) if not as_json else None, live=live)
+    screen = None if as_json else console(err=True)
+    result = run_replay(path, form, columns, exclude, limit, seed, screen, live=live)
     if plot is not None:
         from streaming.replay import plot as draw
 

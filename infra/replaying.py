@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from models import metrics
-from streaming.logs import EXCLUSIONS, ReplayError, read_log
+from streaming.logs import EXCLUSIONS, ReplayError, ReplayLog, read_log
 from streaming.replay import Exclusion, Replay, run
 
 if TYPE_CHECKING:
@@ -25,13 +25,23 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def replay(
-    path: Path, form: str, columns: str, exclude: str | None, limit: int | None, seed: int, screen: Console | None
+    path: Path,
+    form: str,
+    columns: str,
+    exclude: str | None,
+    limit: int | None,
+    seed: int,
+    screen: Console | None,
+    *,
+    live: bool = False,
 ) -> dict[str, Any]:
     """Read and replay a log, with a progress bar where there is a screen; returns the report."""
     if exclude not in (None, "seen", "invoice", "none"):
         raise ReplayError(f"--exclude: expected seen, invoice or none, got {exclude!r}")
     log = read_log(path, form, parse_columns(columns), limit)
     exclusion = cast(Exclusion, exclude or EXCLUSIONS[form])
+    if live:
+        return _live(log, exclusion, seed, screen)
     if screen is None:
         return run(log, exclusion=exclusion, seed=seed)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,6 +64,18 @@ def replay(
         return run(log, exclusion=exclusion, seed=seed, progress=progress)
 
 
+def _live(log: ReplayLog, exclusion: Exclusion, seed: int, screen: Console | None) -> dict[str, Any]:
+    from infra.replaying_live import run_live
+
+    if screen is None:
+        return run_live(log, exclusion=exclusion, seed=seed)
+    from rich.progress import Progress
+
+    with Progress(console=screen, transient=True) as bar:
+        task = bar.add_task("live", total=len(log.events))
+        return run_live(log, exclusion=exclusion, seed=seed, tell=lambda done: bar.update(task, completed=done))
+
+
 def show(result: dict[str, Any], screen: Console) -> None:
     """Print a report as tables."""
     from rich.table import Table
@@ -71,6 +93,13 @@ def show(result: dict[str, Any], screen: Console) -> None:
     for name, row in rows.items():
         table.add_row(name, *(f"{row[key]:.4f}" for key in ("hit_rate@10", "ndcg@10", "mrr@10")))
     screen.print(table)
+    if "live" in result:
+        live = result["live"]
+        screen.print(
+            f"live: {live['seconds']:.0f} s, {live['events_per_s']:.0f} events/s; NDCG@10 in process"
+            f" {live['in_process']['ndcg@10']:.4f}, differs by {live['ndcg_difference']:.4f}"
+            f" (allowed {live['allowed']:.4f})"
+        )
     lead = result["lead"]
     best = result["baseline"]["popularity"]["half_life"]
     screen.print(
