@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from models.decay import blend, popularities, scan
+from models.decay import STEPS, blend, scan, steps_between
 from models.items import ItemArrays
 from models.ranker import dot
 
@@ -236,10 +236,25 @@ def ranks(items: ItemArrays, n: int, blocked: U8, row: int, frame: tuple[I32, F6
 @njit(cache=True)
 def _ranks(weights, cells, n, blocked, row, cells_now, scale, totals, known):  # type: ignore[no-untyped-def]
     out, mine, p = np.full(8, -0.5), np.empty(8), np.empty(8)
-    popularities(weights[row], cells[row], cells_now, scale, totals, known, mine)
+    own, carried = np.empty(8), np.empty(8)  # P_h = own_h w_h exp(-30 dk_h) + carried_h P_longer
+    for h in range(8):
+        own[h], carried[h] = scale[h] / (totals[h] + 5.0), 5.0 / (totals[h] + 5.0)
+    base = 1.0 / (totals[7] + 0.5 * known)
+    _grid(weights[row], cells[row], cells_now, own, carried, base, mine)
     for i in range(n):
         if not blocked[i]:
-            popularities(weights[i], cells[i], cells_now, scale, totals, known, p)
+            _grid(weights[i], cells[i], cells_now, own, carried, base, p)
             for h in range(8):
-                out[h] += 1.0 if p[h] > mine[h] else 0.5 if p[h] == mine[h] else 0.0
+                out[h] += (p[h] > mine[h]) + 0.5 * (p[h] == mine[h])
     return np.maximum(out, 0.0)
+
+
+@njit(cache=True)
+def _grid(weights, cells, cells_now, own, carried, base, out):  # type: ignore[no-untyped-def]
+    p = (weights[7] + 0.5) * base
+    for h in range(7, -1, -1):
+        w = weights[h]
+        if w != 0.0 and cells[h] != cells_now[h]:
+            w *= STEPS[steps_between(cells[h], cells_now[h])]
+        p = own[h] * w + carried[h] * p
+        out[h] = p
