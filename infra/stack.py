@@ -307,7 +307,8 @@ class Stack:
     def _own_children(self) -> list[Child]:
         if "api" in self.processes:
             port = self.settings.port
-            self.settings = _with(self.settings, port=free_port(*range(port, min(port + 50, 65536))))
+            wanted = range(port, min(port + 50, 65536)) if port else ()  # 0: any
+            self.settings = _with(self.settings, port=free_port(*wanted))
         made = []
         for name in self.processes:
             if name == "users":

@@ -191,6 +191,13 @@ def test_ports_prefer_what_was_asked_for() -> None:
     assert free_port(port) == port
 
 
+@pytest.mark.parametrize(("asked", "low"), [(0, 20_000), (18_900, 18_900)])
+def test_the_api_takes_the_port_asked_for_and_any_for_zero(tmp_path: Path, asked: int, low: int) -> None:
+    stack = Stack(data=tmp_path, processes=("api",), port=asked)
+    stack._own_children()
+    assert low <= stack.settings.port < low + (12_000 if asked == 0 else 50)
+
+
 def test_a_folder_lock_is_exclusive(tmp_path: Path) -> None:
     with folder_lock(tmp_path / "lock", wait=False) as mine, folder_lock(tmp_path / "lock", wait=False) as second:
         assert (mine, second) == (True, False)
