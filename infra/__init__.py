@@ -15,5 +15,6 @@ Files, the lowest first:
     inspecting       `freshet rebuild` and `dead-letters` in the terminal
     bench            what `freshet bench` measures
     load             its load, from a process of its own
+    terminal         how the command line speaks: shared options, errors, JSON
     cli              the console command: imports everything else, lazily
 """

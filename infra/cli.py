@@ -6,14 +6,14 @@ Knows how to ask and how to answer a person; what a verb does lies in the module
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infra.settings import Settings, SettingsError, read_stack
+from infra.terminal import LEARN, LOOK, PROCESS, RUN, Data, Json, console, fail, show_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,10 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-RUN, LEARN, LOOK, PROCESS = "Run", "Try and measure", "Look inside", "Single processes (what `up` runs)"
-Data = Annotated[
-    Path | None, typer.Option(help="Data folder of the stack; default .freshet.", metavar="DIR", show_default=False)
-]
 Namespace = Annotated[str | None, typer.Option(help="Names the deployment; default fr.", show_default=False)]
 Kafka = Annotated[
     str | None, typer.Option(help="Use this Kafka instead of an own one.", metavar="HOST:PORT", show_default=False)
@@ -56,7 +52,6 @@ Kafka = Annotated[
 Redis = Annotated[
     str | None, typer.Option(help="Use this Redis instead of an own one.", metavar="redis://...", show_default=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def main() -> None:
@@ -80,27 +75,10 @@ def _explains_itself(error: Exception) -> bool:
         return True
     known = (("infra.stack", "StackError"), ("infra.kafka", "KafkaError"), ("infra.store", "StoreError"),
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
-             ("streaming.replay", "ReplayError"), ("streaming.rebuild", "RebuildError"))  # fmt: skip
+             ("streaming.replay", "ReplayError"), ("streaming.rebuild", "RebuildError"),
+             ("infra.bench", "BenchError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
     return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
-
-
-def fail(message: str, code: int = 1) -> NoReturn:
-    """Say what is wrong and end."""
-    typer.echo(typer.style("freshet: ", fg="red", bold=True, bg=None) + message, err=True)
-    raise SystemExit(code)
-
-
-def console(*, err: bool = False) -> Console:
-    """Where people read."""
-    from rich.console import Console
-
-    return Console(stderr=err, highlight=False)
-
-
-def show_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    typer.echo(json.dumps(value, indent=2, default=str))
 
 
 # -- run --------------------------------------------------------------------------------------------------------------
@@ -281,6 +259,36 @@ def demo(
 
 
 @app.command(rich_help_panel=LEARN)
+def bench(
+    what: Annotated[
+        list[str] | None, typer.Argument(help="ingest, lookup, freshness; default: all three.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    seconds: Annotated[float, typer.Option(help="Length of the measured load of lookup.", min=1, max=3600)] = 60.0,
+    backlog: Annotated[int, typer.Option(help="Events that ingest drains.", min=5000, max=5_000_000)] = 200_000,
+) -> None:
+    """Measure ingest, lookups and freshness on a private stack, each beside a floor of the same run.
+
+    10,000 items, 10,000 users; the load comes from a process of its own, with arrivals that do not wait for answers.
+    Everything runs in a temporary folder that is deleted afterwards. Other work on the machine shows in the figures.
+
+      freshet bench                              all three, about four minutes
+      freshet bench lookup --seconds 20 --json
+    """
+    from infra.bench import WHAT, bench_for_people, show
+
+    chosen = [name for name in WHAT if name in (what or WHAT)]
+    if unknown := set(what or ()) - set(WHAT):
+        fail(f"bench: expected some of {', '.join(WHAT)}, got {', '.join(sorted(unknown))}", 2)
+    with _ended_by_signals():
+        report = bench_for_people(chosen, seconds=seconds, backlog=backlog, screen=console(err=True))
+    if as_json:
+        show_json(report)
+    else:
+        show(report, console())
+
+
+@app.command(rich_help_panel=LEARN)
 def simulate(
     seconds: Annotated[
         float | None, typer.Option(help="End by itself after this long; default: Ctrl-C.", min=1, show_default=False)
@@ -443,68 +451,13 @@ def status(
             time.sleep(1)
 
 
-@app.command(rich_help_panel=LOOK)
-def rebuild(
-    check: Annotated[bool, typer.Option("--verify", help="Only compare what is served with the log.")] = False,
-    switch: Annotated[bool, typer.Option("--switch", help="Serve the result; the workers must be stopped.")] = False,
-    data: Data = None,
-    as_json: Json = False,
-) -> None:
-    """Fold the log again from its beginning: into the next generation of keys, or to verify this one byte for byte.
+def _rebuild_and_dead_letters() -> None:
+    from infra.inspecting import add
 
-    Starts the data folder's own Kafka and Redis where no stack runs.
-
-      freshet rebuild --verify                   names every profile and row that differs; exit 1 if any
-      freshet rebuild --switch                   rebuild, then serve what was rebuilt
-    """
-    from infra.inspecting import run_rebuild, show_report
-
-    chosen = Settings.load(data)
-    report = run_rebuild(chosen, chosen.data, console(err=True), check=check, switch=switch)
-    if as_json:
-        show_json(report.as_dict())
-    else:
-        show_report(report, console(), check=check, switch=switch)
-    if report.differing:
-        raise SystemExit(1)
+    add(app)
 
 
-dead_letters = typer.Typer(help="Read what could not be folded, with its reason.", no_args_is_help=True)
-app.add_typer(dead_letters, name="dead-letters", rich_help_panel=LOOK)
-
-
-@dead_letters.command("list")
-def dead_letters_list(data: Data = None, as_json: Json = False) -> None:
-    """List every dead letter: where it came from, why, how it began."""
-    from infra.inspecting import find_letters, letter_as_dict, show_letters
-
-    chosen = Settings.load(data)
-    found = find_letters(chosen, chosen.data)
-    if as_json:
-        show_json([letter_as_dict(letter) for letter in found])
-    else:
-        show_letters(found, console())
-
-
-@dead_letters.command("show")
-def dead_letters_show(
-    position: Annotated[str, typer.Argument(help="topic:partition:offset, as `list` shows it.")],
-    data: Data = None,
-    as_json: Json = False,
-) -> None:
-    """Show one dead letter whole."""
-    from infra.inspecting import find_letters, letter_as_dict
-
-    chosen = Settings.load(data)
-    for letter in find_letters(chosen, chosen.data):
-        if letter.name == position:
-            shown = letter_as_dict(letter)
-            if as_json:
-                show_json(shown)
-            else:
-                console().print(*(f"[bold]{name}[/] {value}" for name, value in shown.items()), sep="\n")
-            return
-    fail(f"no dead letter at {position}; `freshet dead-letters list` shows all.")
+_rebuild_and_dead_letters()
 
 
 @app.command(rich_help_panel=LOOK)

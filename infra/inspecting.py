@@ -1,6 +1,7 @@
-"""What the verbs `rebuild` and `dead-letters` show in a terminal; the work is done in streaming/.
+"""The verbs `rebuild` and `dead-letters`: what they ask and show in a terminal; the work is done in streaming/.
 
 Knows nothing about folds; starts the stack's Kafka and Redis where none run, so that state can be checked at rest.
+Imports what works lazily, for every process of ours reads the verbs.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+import typer
 
 from infra.settings import Settings
-from infra.stack import Stack
-from streaming.dead_letters import Letter, letters
-from streaming.rebuild import Report, rebuild, verify
+from infra.terminal import LOOK, Data, Json, console, fail, show_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from streaming.dead_letters import Letter
+    from streaming.rebuild import Report
 
 
 @contextlib.contextmanager
@@ -27,6 +31,8 @@ def servers(settings: Settings, data: str) -> Iterator[Settings]:
     if settings.kafka and settings.redis:
         yield settings
         return
+    from infra.stack import Stack
+
     with Stack(Settings.load(data, running=False), processes=("kafka", "redis")) as stack:
         yield stack.settings
 
@@ -34,10 +40,12 @@ def servers(settings: Settings, data: str) -> Iterator[Settings]:
 class Bars:
     """One progress bar per log that is read, with rate and time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, screen: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._progress = Progress(
             TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:,.0f}/s"), TimeRemainingColumn(), console=console,
+            TextColumn("{task.fields[rate]:,.0f}/s"), TimeRemainingColumn(), console=screen,
         )  # fmt: skip
         self._tasks: dict[str, tuple[TaskID, float]] = {}
 
@@ -56,52 +64,123 @@ class Bars:
         self._progress.update(task, completed=done, rate=done / max(time.monotonic() - began, 1e-3))
 
 
-def run_rebuild(settings: Settings, data: str, console: Console, *, check: bool, switch: bool) -> Report:
+def run_rebuild(settings: Settings, data: str, screen: Console, *, check: bool, switch: bool) -> Report:
     """Rebuild the next generation, or verify this one, with progress bars."""
-    with servers(settings, data) as ready, Bars(console) as bars:
+    from streaming.rebuild import rebuild, verify
+
+    with servers(settings, data) as ready, Bars(screen) as bars:
         if check:
             return asyncio.run(verify(ready, advance=bars.advance))
         return asyncio.run(rebuild(ready, advance=bars.advance, switch=switch))
 
 
-def show_report(report: Report, console: Console, *, check: bool, switch: bool) -> None:
+def show_report(report: Report, screen: Console, *, check: bool, switch: bool) -> None:
     """Say what came of it, and the next step."""
     counted = f"{report.events:,} events, {report.profiles:,} profiles, {report.rows:,} item rows"
     if not check:
-        console.print(f"Generation {report.generation} is folded from {counted} in {report.seconds:.1f} s.")
+        screen.print(f"Generation {report.generation} is folded from {counted} in {report.seconds:.1f} s.")
         done = (
             "It is served from now on; start the workers." if switch else "[bold]freshet rebuild --switch[/] serves it."
         )
-        console.print(done)
+        screen.print(done)
     elif report.differing:
-        console.print(f"[red]{len(report.differing)} of {counted} differ from the log:[/]")
+        screen.print(f"[red]{len(report.differing)} of {counted} differ from the log:[/]")
         for line in report.differing[:50]:
-            console.print(" ", line, highlight=False)
-        console.print("Next: keep a copy of the data folder, then [bold]freshet rebuild --switch[/].")
+            screen.print(" ", line, highlight=False)
+        screen.print("Next: keep a copy of the data folder, then [bold]freshet rebuild --switch[/].")
     else:
-        console.print(
+        screen.print(
             f"[green]Identical[/]: {counted} are byte for byte what the log folds to ({report.seconds:.1f} s)."
         )
 
 
 def find_letters(settings: Settings, data: str) -> list[Letter]:
     """Return the dead letters."""
+    from streaming.dead_letters import letters
+
     with servers(settings, data) as ready:
         return asyncio.run(letters(ready))
 
 
-def show_letters(found: list[Letter], console: Console) -> None:
+def show_letters(found: list[Letter], screen: Console) -> None:
     """Show dead letters as a table, newest last."""
     if not found:
-        console.print("No dead letters: every record so far could be folded.")
+        screen.print("No dead letters: every record so far could be folded.")
         return
+    from rich.table import Table
+
     table = Table("position", "reason", "original", box=None, header_style="bold", pad_edge=False)
     for letter in found[-200:]:
         table.add_row(letter.name, letter.reason, letter.text()[:80])
-    console.print(table)
-    console.print(f"{len(found)} in all. [bold]freshet dead-letters show POSITION[/] shows one whole.")
+    screen.print(table)
+    screen.print(f"{len(found)} in all. [bold]freshet dead-letters show POSITION[/] shows one whole.")
 
 
 def letter_as_dict(letter: Letter) -> dict[str, Any]:
     """Return a dead letter for `--json`."""
     return {"position": letter.name, "reason": letter.reason, "at": letter.at, "original": letter.text()}
+
+
+# -- the verbs --------------------------------------------------------------------------------------------------------
+
+
+def rebuild_verb(
+    check: Annotated[bool, typer.Option("--verify", help="Only compare what is served with the log.")] = False,
+    switch: Annotated[bool, typer.Option("--switch", help="Serve the result; the workers must be stopped.")] = False,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Fold the log again from its beginning: into the next generation of keys, or to verify this one byte for byte.
+
+    Starts the data folder's own Kafka and Redis where no stack runs.
+
+      freshet rebuild --verify                   names every profile and row that differs; exit 1 if any
+      freshet rebuild --switch                   rebuild, then serve what was rebuilt
+    """
+    chosen = Settings.load(data)
+    report = run_rebuild(chosen, chosen.data, console(err=True), check=check, switch=switch)
+    if as_json:
+        show_json(report.as_dict())
+    else:
+        show_report(report, console(), check=check, switch=switch)
+    if report.differing:
+        raise SystemExit(1)
+
+
+dead_letters = typer.Typer(help="Read what could not be folded, with its reason.", no_args_is_help=True)
+
+
+@dead_letters.command("list")
+def dead_letters_list(data: Data = None, as_json: Json = False) -> None:
+    """List every dead letter: where it came from, why, how it began."""
+    chosen = Settings.load(data)
+    found = find_letters(chosen, chosen.data)
+    if as_json:
+        show_json([letter_as_dict(letter) for letter in found])
+    else:
+        show_letters(found, console())
+
+
+@dead_letters.command("show")
+def dead_letters_show(
+    position: Annotated[str, typer.Argument(help="topic:partition:offset, as `list` shows it.")],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Show one dead letter whole."""
+    chosen = Settings.load(data)
+    for letter in find_letters(chosen, chosen.data):
+        if letter.name == position:
+            shown = letter_as_dict(letter)
+            if as_json:
+                show_json(shown)
+            else:
+                console().print(*(f"[bold]{name}[/] {value}" for name, value in shown.items()), sep="\n")
+            return
+    fail(f"no dead letter at {position}; `freshet dead-letters list` shows all.")
+
+
+def add(app: typer.Typer) -> None:
+    """Add these verbs to the console command."""
+    app.command("rebuild", rich_help_panel=LOOK)(rebuild_verb)
+    app.add_typer(dead_letters, name="dead-letters", rich_help_panel=LOOK)

@@ -135,7 +135,7 @@ def test_torch_and_the_command_line_are_imported_lazily(path: Path) -> None:
         head = name.split(".")[0]
         assert head != "torch", f"{path.relative_to(ROOT)}:{line}: import torch inside the function that trains"
         if module_of(path) == "infra.cli":
-            ours = head in PACKAGES and not name.startswith("infra.settings.")
+            ours = head in PACKAGES and not within(name, {"infra.settings", "infra.terminal"})
             assert not ours, f"infra/cli.py:{line}: import {name} inside the verb"
 
 
