@@ -44,7 +44,7 @@ def test_help_teaches(tmp_path: Path) -> None:
         (("status",), {"FRESHET_PORT": "x"}, "setting port (environment FRESHET_PORT): expected a whole number"),
         (("worker", "--role", "cook"), {}, "--role: expected users or items, got 'cook'"),
         (("up", "--kafka", "127.0.0.1:1"), {}, "Kafka at 127.0.0.1:1 does not answer. It was named by FRESHET_KAFKA"),
-        (("user", "ann"), {"FRESHET_PORT": "19999"}, "the API at http://127.0.0.1:19999 gives no answer. Start the stack"),
+        (("user", "ann"), {"FRESHET_PORT": "19999"}, "the API at http://127.0.0.1:19999 gives no answer."),
         (("topics",), {}, "no Kafka: set FRESHET_KAFKA=host:port, or run `freshet up`."),
     ],
 )
