@@ -95,6 +95,8 @@ class Items:
         self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._named: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.ids: list[str] = []
+        self.collisions: list[tuple[int, int, str, str]] = []
+        """(source partition, offset, id, id that has the row) of entries set aside; who folds empties it."""
         self.catalogue: dict[int, CatalogueItem] = {}
         self.by_category: dict[str, set[int]] = {}
         self.grow()
@@ -140,6 +142,7 @@ class Items:
         An entry with VOICE adds to popularity, one with ENTERS to the neighbour lists, one with both ENTERS and SHOWN
         to the outcomes; an impression counts each shown item as shown once.
         """
+        entries = self._apart(entries)
         targets = self.rows.add(entries.target[entries.target != 0])
         start, keys = _recent(entries.history_start, entries.history_item)
         history = self.rows.add(keys)
@@ -159,6 +162,16 @@ class Items:
         changed = np.flatnonzero(self._touched)
         self._touched[changed] = False
         return changed
+
+    def _apart(self, entries: Entries) -> Entries:
+        """Set entries aside whose id is not that of the row their hash names: two ids with one hash."""
+        rows = self.rows.find(entries.target).tolist()
+        keep = np.ones(len(rows), np.bool_)
+        for i, (row, text) in enumerate(zip(rows, entries.ids, strict=True)):
+            if row >= 0 and text and row < len(self.ids) and self._named[row] and self.ids[row] != text:
+                keep[i] = False
+                self.collisions.append((int(entries.partition[i]), int(entries.offset[i]), text, self.ids[row]))
+        return entries.take(keep)
 
     def _name(self, entries: Entries, targets: I64) -> None:
         at = 0

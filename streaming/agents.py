@@ -40,6 +40,9 @@ REFUSALS: Final = 5
 ROWS_EVERY_S: Final = 1.0
 ROWS_EVERY_ENTRIES: Final = 5000
 FEED_EVERY_S: Final = 0.1
+FEED_SOON_S: Final = 0.02
+"""While few rows wait (FEED_FEW) they are fed this soon, s."""
+FEED_FEW: Final = 100
 STALLED_S: Final = 15.0
 
 
@@ -223,7 +226,7 @@ class InletAgent:
 
 
 class ItemAgent:
-    """Folds `examples` and `items` into rows in memory; commits rows each second, feeds deltas each 100 ms."""
+    """Folds `examples` and `items` into rows in memory; commits rows each second, feeds deltas within 100 ms."""
 
     def __init__(self, *, topics: Topics, store: ItemStore, log_: Log, progress: Progress, cluster: str) -> None:
         self._topics, self._store, self._progress = topics, store, progress
@@ -300,6 +303,11 @@ class ItemAgent:
             leave(EXIT_FOR_GOOD, f"{error}: examples lost records; `freshet rebuild` folds what is left")
             raise
         changed = self.items.fold(entries).tolist()
+        await self._dead.send([
+            Dead(self._topics.events, p, at, f"item id {text!r} has the hash of {other!r}: rename one", text.encode())
+            for p, at, text, other in self.items.collisions
+        ])  # fmt: skip
+        self.items.collisions.clear()
         self._to_commit.update(changed)
         self._to_feed.update(changed)
         self.next = offset + 1
@@ -373,13 +381,16 @@ class ItemAgent:
 
     async def tick(self) -> None:
         """Feed and commit in their periods, for ever."""
-        at = time.monotonic()
+        committed = fed = time.monotonic()
         while True:
-            await asyncio.sleep(FEED_EVERY_S)
-            await self.feed()
-            if time.monotonic() - at >= ROWS_EVERY_S:
+            await asyncio.sleep(FEED_SOON_S)
+            now = time.monotonic()
+            if now - fed >= FEED_EVERY_S or len(self._to_feed) <= FEED_FEW:
+                await self.feed()
+                fed = now
+            if now - committed >= ROWS_EVERY_S:
                 await self.commit()
-                at = time.monotonic()
+                committed = now
 
 
 def _set_item(items: Items, key: int, value: bytes) -> None:

@@ -158,3 +158,26 @@ def test_rows_grow_and_find_by_low_half() -> None:
     marks = np.zeros(rows.n, np.uint8)
     mark_low(rows.table, rows.keys, np.array([twin & np.uint64(0xFFFFFFFF)], np.uint32), marks, 1)
     assert np.flatnonzero(marks).tolist() == [7, 5000]
+
+
+def test_two_ids_with_one_hash_are_set_aside() -> None:
+    """The row stays the first one's; the other id is named with its source position, for the dead letters."""
+    items = folded([entry(1, 1.7e9)])
+    before = state(items)
+    other = entry(1, 1.7e9 + 1, offset=7)
+    other.ids = ["another-id"]
+    assert len(items.fold(other)) == 0
+    assert items.collisions == [(0, 7, "another-id", NAMES[1])]
+    assert state(items) == before
+
+
+def test_what_only_the_catalogue_told_is_no_behaviour() -> None:
+    """`items` and `examples` have no common order, so row bytes must not depend on which came first."""
+    early, late = Items(rows=Rows(capacity=16)), Items(rows=Rows(capacity=16))
+    payload = shown(9, [1, 2], [], np.zeros((0, 0)))
+    impression_of_two = entry(-1, 1.7e9, kind=IMPRESSION, flags=0, extra=payload)
+    early.set_item(int(KEYS[1]), NAMES[1], CatalogueItem(title="one"))
+    for items in (early, late):
+        items.fold(impression_of_two)
+    late.set_item(int(KEYS[1]), NAMES[1], CatalogueItem(title="one"))
+    assert state(early) == state(late)
