@@ -22,6 +22,8 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
 	@if UV_HTTP_RETRIES=0 UV_HTTP_TIMEOUT=20 timeout 20 $(UV) --dry-run --quiet --torch-backend=cpu torch >/dev/null 2>&1 \
 		&& $(UV) --torch-backend=cpu --editable '.[dev]'; then :; \
 	else echo "make: no CPU-only torch to be had, taking the one of the plain index"; $(UV) --editable '.[dev]'; fi
+	@echo "make: compiling the kernels once"
+	@$(BIN)/python -c 'import serving.app, streaming.replay, streaming.trainer as t; serving.app.warm(); streaming.replay.warm(); t.warm()'
 	@touch $@
 
 demo: install  ## start everything, let simulated users arrive, print the page's address

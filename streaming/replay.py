@@ -148,7 +148,7 @@ def run(
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Replay a log and return the report; `progress` is told every 100 events."""
-    _warm()
+    warm()
     replay = Replay(seed=seed, exclusion=exclusion)
     done = 0
     for done, (event, basket) in enumerate(zip(log.events, log.baskets, strict=True), 1):
@@ -160,7 +160,7 @@ def run(
     return report(log, replay.trail, replay.learner, done)
 
 
-def _warm() -> None:
+def warm() -> None:
     """Compile what a replay calls, so that compiling is not measured."""
     replay = Replay(exclusion="seen")
     for i in range(4):

@@ -250,7 +250,7 @@ async def persist(what: str, call: Callable[[], Awaitable[T]]) -> T:
 def run(settings: Settings) -> None:
     """Run the learner until SIGTERM or SIGINT; exits with 70 to be started again, with 78 where that cannot help."""
     os.nice(max(0, 10 - os.nice(0)))
-    _warm()
+    warm()
     import uvloop
 
     try:
@@ -263,7 +263,7 @@ def run(settings: Settings) -> None:
         _leave(EX_AGAIN, f"Kafka: {type(error).__name__}: {error}")
 
 
-def _warm() -> None:
+def warm() -> None:
     """Import torch and load the compiled kernels before the process calls itself ready."""
     empty = Entries(
         ranges=[], partition=np.zeros(1, np.uint16), offset=np.zeros(1, np.int64), index=np.zeros(1, np.uint16),
