@@ -182,7 +182,9 @@ def _movietweetings(file: Path, log: ReplayLog) -> None:
         parts = line.rstrip("\r\n").split("::")
         if len(parts) != 4:
             if line.strip():
-                log.reject(f"{file.name}:{number}", f"expected user::item::rating::timestamp, got {line[:40]!r}")
+                log.reject(
+                    f"{file.name}:{number}", f"expected user::item::rating::timestamp, got {line[:40].rstrip()!r}"
+                )
             continue
         _add(log, f"{file.name}:{number}", lambda p=parts: _rating(p[0], p[1], p[2], (0.0, 10.0), p[3]))  # type: ignore[misc]
 

@@ -1,0 +1,231 @@
+"""Replay of real logs: readers, errors with line numbers, the report, and the same folds as live."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from infra.cli import app
+from models.examples import item_hash
+from models.profile import unpack
+from streaming.events import Click, Dwell, Rating, View
+from streaming.logs import ReplayError, ReplayLog, read_log
+from streaming.replay import Replay, plot, run
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets (../shared/data) are not here")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def chain(n: int, seed: int = 0) -> ReplayLog:
+    """Users who walk i -> i + 1 with a few jumps: what follows is learnable, what is popular says little."""
+    rng, log, place = np.random.default_rng(seed), ReplayLog(), dict[int, int]()
+    for t in range(n):
+        user = int(rng.integers(12))
+        step = 1 if rng.random() < 0.85 else int(rng.integers(40))
+        place[user] = (place.get(user, 0) + step) % 40
+        log.events.append(Click(user_id=f"u{user}", item_id=f"i{place[user]}", ts=1.6e9 + 30.0 * t))
+        log.baskets.append("")
+    return log
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:  # type: ignore[type-arg]
+    return run(chain(1500), exclusion="none")
+
+
+def test_it_learns_the_chain(report: dict) -> None:  # type: ignore[type-arg]
+    assert report["metrics"]["ndcg@10"] > 0.6
+    assert report["metrics"]["ndcg@10"] > 2 * report["baseline"]["popularity"]["ndcg@10"]
+    assert report["lead"]["low"] > 0.2
+
+
+def test_the_report(report: dict) -> None:  # type: ignore[type-arg]
+    assert (report["events"], report["users"], report["items"]) == (1500, 12, 40)
+    assert report["never_seen_share"] == pytest.approx(40 / 1500)
+    best = report["baseline"]["popularity"]
+    assert best["ndcg@10"] == max(row["ndcg@10"] for row in report["baseline"]["half_lives"].values())
+    assert report["baseline"]["half_lives"][best["half_life"]]["hit_rate@10"] == best["hit_rate@10"]
+    assert sum(row["events"] for row in report["over_time"]) == 1500 - 40
+    assert sum(row["events"] for row in report["by_history_length"].values()) == 1500 - 40
+    assert sum(row["hit_share"] for row in report["by_channel"].values()) == pytest.approx(1.0)
+    assert report["learn_us_per_event"] > 0
+    assert report["recommend_us_per_request"] > 0
+    json.dumps(report)
+
+
+def test_the_same_log_and_seed_give_the_same_figures(report: dict) -> None:  # type: ignore[type-arg]
+    again = run(chain(1500), exclusion="none")
+    for name in ("metrics", "baseline", "weights", "over_time"):
+        assert again[name] == report[name]
+
+
+def test_replay_folds_what_live_folds() -> None:
+    """Profiles, item counts and ranker lists after a replay are those of its events."""
+    log = chain(200)
+    replay = Replay(exclusion="none")
+    for event in log.events:
+        replay.step(event, "")
+    mine = [event for event in log.events if event.user_id == "u3"]
+    read = replay.store.read_now(0, ["u3"])
+    profile = unpack(read.profiles[0], read.seen[0])
+    assert [int(key) for key in profile.items] == [item_hash(e.item_id) for e in reversed(mine)][:50]
+    assert profile.counters["click"] == len(mine)
+    assert replay.items.popularity.weights[: replay.items.n, 7].sum() <= 200
+    assert replay.items.shown.sum() > 200 * 5
+    assert replay.learner.learnt == 200
+    assert replay.learner.model.ranker.lists[0] > 100
+    assert read.applied == 400
+
+
+def test_excluded_items_are_never_offered() -> None:
+    log = chain(300)
+    for exclusion in ("seen", "invoice"):
+        replay = Replay(exclusion=exclusion)
+        had: dict[str, set[str]] = {}
+        for i, event in enumerate(log.events):
+            basket = f"b{i // 7}"
+            slate = replay.step(event, basket)
+            owner = event.user_id if exclusion == "seen" else basket
+            offered = {replay.items.ids[row] for row in slate.rows}
+            assert not offered & had.setdefault(owner, set())
+            had[owner].add(event.item_id)
+
+
+def test_movielens_is_sorted_with_ties_in_file_order(tmp_path: Path) -> None:
+    rows = "userId,movieId,rating,timestamp\n1,a,4.0,300\n2,b,0.5,100\n3,c,5.0,300\n4,d,x,100\n5,e,6.0,100\n6,f,3\n"
+    log = read_log(write(tmp_path / "ratings.csv", rows), "movielens")
+    assert [event.item_id for event in log.events] == ["b", "a", "c"]
+    first = log.events[0]
+    assert isinstance(first, Rating)
+    assert (first.value, first.scale) == (0.5, (0.5, 5.0))
+    assert log.bad == 3
+    assert log.bad_rows[0] == "ratings.csv:5: rating: expected a number, got 'x'"
+    assert "ratings.csv:6: rating: expected 0.5 to 5" in log.bad_rows[1]
+    assert "ratings.csv:7: expected 4 columns, got 3" in log.bad_rows[2]
+    assert len(read_log(tmp_path, "movielens", limit=1).events) == 1
+
+
+def test_movietweetings_gz_folder(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "ratings.dat.gz", "wt") as file:
+        file.write("1::m1::7::100\n\n2::m2::7\n3::m3::11::100\n4::m1::0::90\n")
+    log = read_log(tmp_path, "movietweetings")
+    assert [event.user_id for event in log.events] == ["4", "1"]
+    assert log.bad_rows == [
+        "ratings.dat.gz:3: expected user::item::rating::timestamp, got '2::m2::7'",
+        "ratings.dat.gz:4: rating: expected 0 to 10, got 11",
+    ]
+
+
+def test_online_retail_cleaning(tmp_path: Path) -> None:
+    rows = """InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country
+1,85123A,"A, B",6,2010-12-01 08:26:00,2.55,17850.0,UK
+1,85123A,A,2,2010-12-01 08:26:00,2.55,17850.0,UK
+1,POST,A,2,2010-12-01 08:26:00,2.55,17850.0,UK
+C2,71053,A,2,2010-12-01 08:26:00,2.55,17850.0,UK
+3,71053,A,-2,2010-12-01 08:27:00,2.55,,UK
+4,71053,A,1,2010-12-01 08:27:00,2.55,,UK
+5,71053,A,1,never,2.55,,UK
+"""
+    log = read_log(write(tmp_path / "r.csv", rows), "online-retail")
+    assert [(e.user_id, e.item_id, e.ts) for e in log.events] == [
+        ("17850", "85123A", 1291191960.0), ("invoice 4", "71053", 1291192020.0),
+    ]  # fmt: skip
+    assert log.baskets == ["1", "4"]
+    assert log.dropped == {
+        "code repeated in its invoice": 1, "not a product code": 1, "cancellation": 1, "quantity not positive": 1,
+    }  # fmt: skip
+    assert log.bad_rows == ["r.csv:8: InvoiceDate: expected seconds or an ISO date, got 'never'"]
+
+
+def test_csv_kinds(tmp_path: Path) -> None:
+    rows = "who,what,when,stars,stay,act\na,x,10,4,,\na,y,11,,31,\na,z,12,,,\na,z,13,,,view\na,z,14,,,like\na,,15,,,\n"
+    rows += "b,x,16,2,,\n"
+    log = read_log(
+        write(tmp_path / "l.csv", rows), "csv",
+        {"user": "who", "item": "what", "ts": "when", "rating": "stars", "dwell": "stay", "kind": "act"},
+    )  # fmt: skip
+    kinds = [type(event).__name__ for event in log.events]
+    assert kinds == ["Rating", "Dwell", "Click", "View", "Action", "Rating"]
+    assert [e.seconds for e in log.events if isinstance(e, Dwell)] == [31.0]
+    assert [e.scale for e in log.events if isinstance(e, Rating)] == [(2.0, 4.0)] * 2
+    assert any(isinstance(e, View) for e in log.events)
+    assert log.bad_rows == ["l.csv:7: expected a user and an item, got an empty one"]
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "columns", "message"),
+    [
+        ("", "csv", {}, "the file is empty"),
+        ("user,item\na,b\n", "csv", {}, r"l\.csv:1: expected the column ts, got user, item"),
+        ("user,item,ts\n", "csv", {}, "expected at least one event"),
+        ("user,item,ts\na,b,now\n", "csv", {}, r"l\.csv:2: ts: expected seconds or an ISO date, got 'now'"),
+        ("user,item,ts\na,b,1700000000000\n", "csv", {}, "not ms"),
+        ("user,item,ts\na,b,1\n", "csv", {"colour": "x"}, "--columns: expected user, item"),
+        ("user,item,ts\na,b,1\n", "movielens", {"user": "x"}, "goes with --format csv"),
+        ("a\n", "parquet", {}, "--format: expected one of movielens"),
+        ("a::b\n", "movietweetings", {}, "expected at least one event, got none"),
+    ],
+)
+def test_clear_errors(tmp_path: Path, text: str, form: str, columns: dict[str, str], message: str) -> None:
+    with pytest.raises(ReplayError, match=message):
+        read_log(write(tmp_path / "l.csv", text), form, columns)
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(ReplayError, match="no such file or folder"):
+        read_log(tmp_path / "none.csv", "csv")
+    with pytest.raises(ReplayError, match=r"expected ratings\.csv or ratings\.csv\.gz in it"):
+        read_log(tmp_path, "movielens")
+    with pytest.raises(ReplayError, match="expected a gzip file"):
+        read_log(write(tmp_path / "l.csv.gz", "user,item,ts\n"), "csv")
+    (tmp_path / "l.csv").write_bytes(b"user,item,ts\n\xff\xfe,b,1\n")
+    with pytest.raises(ReplayError, match="expected utf-8"):
+        read_log(tmp_path / "l.csv", "csv")
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    lines = ["u,i,t,bad"] + [f"u{k % 5},i{k % 7},{1000 + k},1" for k in range(60)] + ["u1,i1,soon,1"]
+    path = write(tmp_path / "l.csv", "\n".join(lines) + "\n")
+    arguments = ["replay", str(path), "--columns", "user=u,item=i,ts=t", "--plot", str(tmp_path / "p.png")]
+    answer = CliRunner().invoke(app, [*arguments, "--json", "--limit", "50"])
+    assert answer.exit_code == 0, answer.output
+    result = json.loads(answer.stdout)
+    assert result["events"] == 50
+    assert result["bad_rows"]["count"] == 1
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    answer = CliRunner().invoke(app, arguments)
+    assert answer.exit_code == 0, answer.output
+    assert "60 events, 5 users, 7 items" in answer.output
+    assert "l.csv:62: ts: expected seconds or an ISO date" in answer.output
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "form", "exclusion", "floor"),
+    [
+        ("movietweetings-100k", "movietweetings", "seen", 0.13),
+        ("online-retail.csv.gz", "online-retail", "invoice", 0.12),
+    ],
+)
+def test_real_data(tmp_path: Path, name: str, form: str, exclusion: str, floor: float) -> None:
+    log = read_log(DATA / name, form, limit=2500)
+    result = run(log, exclusion=exclusion)  # type: ignore[arg-type]
+    assert result["metrics"]["ndcg@10"] > floor
+    plot(result, str(tmp_path / "p.png"))
+
+
+@needs_data
+def test_real_rows() -> None:
+    assert len(read_log(DATA / "online-retail.csv.gz", "online-retail").events) == 518_385
+    assert len(read_log(DATA / "movietweetings-100k", "movietweetings").events) == 100_000
+    assert len(read_log(DATA / "ml-latest-small", "movielens").events) == 100_004
