@@ -138,7 +138,7 @@ def _scan3(n, weights, cells, cells_now, blends, out):  # type: ignore[no-untype
 class Popularity:
     """Eight decayed counts per row, and their totals; rows are the caller's.
 
-    weights f64[capacity, 8], cells i32[capacity, 8]; totals f64[8], total_cells i32[8]; last f64[1], the latest time, s.
+    weights f64[capacity, 8], cells i32[capacity, 8]; totals f64[8], total_cells i32[8]; last f64[1], latest time, s.
     """
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class Popularity:
         self.cells = grown(self.cells, capacity)
 
     def at(self, now: float) -> tuple[I32, F64, F64, float]:
-        """Return (cells, scale, decayed totals, time): how rows are read at `now`, or at the last event if that is later."""
+        """Return (cells, scale, decayed totals, time): how rows are read at `now`, or at the last event if later."""
         time = max(now, float(self.last[0]))
         cells, scale = np.empty(GRID, np.int32), np.empty(GRID)
         return cells, scale, at_time(time, self.totals, self.total_cells, cells, scale), time

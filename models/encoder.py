@@ -196,7 +196,7 @@ class Encoder:
             self._tensors = {}
 
     def step(self, targets: I64, history: I64, seed: int) -> tuple[float, I64]:
-        """Take one step on target rows i64[b], histories i64[b, 20] (-1 = none); returns (summed loss, changed rows)."""
+        """Take a step on target rows i64[b], histories i64[b, 20] (-1 = none); returns (summed loss, changed rows)."""
         self.grow()
         b = len(targets)
         rows = np.empty(b * (POSITIONS + 1) + NEGATIVES, np.int64)
