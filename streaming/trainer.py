@@ -344,7 +344,7 @@ async def _follow(
         started = time.monotonic()
         fetched = await consumer.getmany(place, timeout_ms=int(1000 * MICRO_BATCH_S), max_records=MICRO_BATCH)
         records = [(record.offset, record.value) for record in fetched.get(place, ())]
-        while records:
+        while records and not stop.is_set():
             size, count = 0, 0
             while count < len(records) and size < 24 * 1024 * MICRO_BATCH:
                 size += len(records[count][1])
