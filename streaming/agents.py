@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -44,6 +44,9 @@ FEED_SOON_S: Final = 0.02
 """While few rows wait (FEED_FEW) they are fed this soon, s."""
 FEED_FEW: Final = 100
 STALLED_S: Final = 15.0
+"""A topic with records waiting whose partitions all made no progress for so long is stuck, s."""
+TURN_S: Final = 120.0
+"""The same for one partition while others go on: a backlog is folded one partition after the other, s."""
 
 
 def leave(status: int, reason: str) -> None:
@@ -59,6 +62,7 @@ class Progress:
     def __init__(self) -> None:
         self.next: dict[TP, int] = {}
         self.moved: dict[TP, float] = {}
+        self.waits_since: dict[TP, float] = {}
         self.fresh_after_seek: set[TP] = set()
         self.events = self.duplicates = self.dead = self.overflow = 0
         self.ages_ms: list[float] = []
@@ -72,6 +76,20 @@ class Progress:
         """Note a commit."""
         self.next[tp], self.moved[tp] = offset, time.monotonic()
         self.fresh_after_seek.discard(tp)
+
+    def stalled(self, ends: Mapping[TP, int], now: float) -> TP | None:
+        """Return a partition with records waiting, by the topics' ends, that is stuck at monotonic time `now`."""
+        last: dict[str, float] = {}
+        for tp, moved in self.moved.items():
+            last[tp.topic] = max(last.get(tp.topic, 0.0), moved)
+        for tp, end in ends.items():
+            if end <= self.next.get(tp, end):
+                self.waits_since[tp] = now
+                continue
+            waited = now - max(self.moved[tp], self.waits_since.get(tp, 0.0))
+            if waited >= (TURN_S if now - last[tp.topic] < STALLED_S else STALLED_S):
+                return tp
+        return None
 
     def take(self) -> dict[str, float]:
         """Return the figures since the last call."""
@@ -404,15 +422,13 @@ async def watch(app: Any, progress: Progress, reachable: Callable[[], Any]) -> N
     while True:
         await asyncio.sleep(2.0)
         now = time.monotonic()
-        for tp in app.consumer.assignment():
-            following, high = progress.next.get(tp), app.consumer.highwater(tp)
-            if following is None or high is None or high <= following or now - progress.moved[tp] < STALLED_S:
-                continue
-            if await reachable():
-                leave(
-                    EX_AGAIN, f"{tp.topic}[{tp.partition}]: no progress at {following} of {high} for {STALLED_S:.0f} s"
-                )
-            progress.moved[tp] = now
+        ends = {tp: app.consumer.highwater(tp) or 0 for tp in app.consumer.assignment()}
+        stuck = progress.stalled(ends, now)
+        if stuck is None:
+            continue
+        if await reachable():
+            leave(EX_AGAIN, f"{stuck.topic}[{stuck.partition}]: no progress at {progress.next[stuck]} of {ends[stuck]}")
+        progress.waits_since = dict.fromkeys(ends, now)
 
 
 async def report(name: str, slot: int, app: Any, progress: Progress, client: Any, keys: Keys) -> None:
