@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections import deque
 from importlib.metadata import version
@@ -30,7 +31,7 @@ def test_the_private_names_exist_with_their_arguments() -> None:
     }  # fmt: skip
     for name, arguments in expected.items():
         assert list(inspect.signature(getattr(Consumer, name)).parameters) == arguments, name
-    source = inspect.getsource(inspect.getmodule(Consumer.__mro__[1]))
+    source = inspect.getsource(importlib.import_module(Consumer.__mro__[1].__module__))
     for attribute in ("_read_offset", "_committed_offset", "flow_active", "consumer_stopped_errors"):
         assert attribute in source or hasattr(Consumer, attribute), attribute
     assert "_topic_name_index" in inspect.getsource(Conductor)
@@ -39,6 +40,9 @@ def test_the_private_names_exist_with_their_arguments() -> None:
 
 
 def test_an_app_connects_to_nothing_and_declares_nothing() -> None:
+    async def seek(assigned: set[TP]) -> dict[TP, int]:
+        return {}
+
     app = create_app(
         "ns-users",
         kafka="a:1,b:2",
@@ -46,7 +50,7 @@ def test_an_app_connects_to_nothing_and_declares_nothing() -> None:
         instance="users-3",
         seek=lambda tps: None,
         on_crash=lambda n, e: None,
-    )  # type: ignore[arg-type,return-value]
+    )
     assert [str(url) for url in app.conf.broker] == ["kafka://a:1", "kafka://b:2"]
     assert app.conf.consumer_group_instance_id == "users-3"
     assert app.conf.topic_disable_leader
@@ -68,8 +72,8 @@ def test_micro_batches_keep_order_and_their_limit(chunks: list[tuple[int, int]],
     while rest:
         batch = _take(rest, limit, 1)
         assert 0 < sum(map(len, batch.values())) <= limit
-        for tp, records in batch.items():
-            seen[tp.partition] += [record[0] for record in records]
+        for tp, taken in batch.items():
+            seen[tp.partition] += [record[0] for record in taken]
     assert seen == {partition: list(range(count)) for partition, count in offsets.items()}
 
 

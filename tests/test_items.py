@@ -13,7 +13,6 @@ from models.rows import Rows
 from models.transitions import K, bump
 from tests.entries import KEYS, NAMES, Walk, cuts, entry, shown
 
-
 GOLDEN = (
     "01010100060000005b12612469dc0d41fbc089a04e1ffc40135309fbf42314410d0ff068162b4842f5e4d7431fb04440"
     "06f7b31d98e9b140c03fc39602ee6540000000000000f03f61b3040073a000000e140000ab0100003d0000000f000000"
