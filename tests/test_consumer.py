@@ -48,8 +48,8 @@ def test_an_app_connects_to_nothing_and_declares_nothing() -> None:
         kafka="a:1,b:2",
         form="chunks",
         instance="users-3",
-        seek=lambda tps: None,
-        on_crash=lambda n, e: None,
+        seek=seek,
+        on_crash=lambda name, error: None,
     )
     assert [str(url) for url in app.conf.broker] == ["kafka://a:1", "kafka://b:2"]
     assert app.conf.consumer_group_instance_id == "users-3"
