@@ -100,7 +100,7 @@ class Learner:
         for slate, target in self._join(entries, origin):
             out.joined += 1
             self._rank(slate, target, out)
-        entering = np.flatnonzero((entries.flags & ENTERS != 0) & (entries.target != 0))
+        entering = np.flatnonzero(((entries.flags & ENTERS) != 0) & (entries.target != 0))
         if len(entering):
             self._enter(entries, entering, out)
         return out
