@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from models.decay import grown
 from models.examples import CodecError
-from models.rows import Rows
+from models.rows import Rows, find_row
 
 DIM: Final = 64
 POSITIONS: Final = 20
@@ -93,6 +93,30 @@ def _encode(history, vectors, positions, start, both):  # type: ignore[no-untype
     return q
 
 
+@njit(cache=True)
+def _decayed(items, times, lengths, now, picked, half_lives, table, keys, vectors, out):  # type: ignore[no-untyped-def]
+    for i in range(len(picked)):
+        u = picked[i]
+        least = np.inf
+        for h in range(lengths[u]):
+            least = min(least, max(now[u] - times[u, h], 0.0))
+        totals = np.zeros(len(half_lives))
+        for h in range(lengths[u]):
+            row = find_row(table, keys, items[u, h])
+            if row < 0:
+                continue
+            age = max(now[u] - times[u, h], 0.0) - least
+            for k in range(len(half_lives)):
+                weight = math.exp(-math.log(2.0) * min(age / half_lives[k], 60.0))
+                totals[k] += weight
+                for j in range(vectors.shape[1]):
+                    out[i, k, j] += np.float32(weight) * vectors[row, j]
+        for k in range(len(half_lives)):
+            if totals[k] > 0.0:
+                for j in range(vectors.shape[1]):
+                    out[i, k, j] /= np.float32(totals[k])
+
+
 class Factors:
     """Vectors f32[capacity, 64] and biases f32[capacity] of all items, aligned to shared rows, and the user encoder.
 
@@ -126,6 +150,18 @@ class Factors:
         out: F32 = _encode(history, self.vectors, self.positions, self.start[0], self.both)
         return out
 
+    def decayed_embeddings(self, items: U64, times: F64, lengths: I64, now: F64, picked: I64) -> F16:
+        """Return f16[k, 2, 64] of the users `picked` i64[k]: means of their items' vectors, the older the lighter.
+
+        Weights 2^-(age / H), H = 1 h and 30 d, with ages counted from the user's newest entry. items u64[u, h] and times f64[u, h] (s), of which the first lengths i64[u] count; now f64[u]. Items without a
+        row count nothing; zeros where none has one. A cache, never the truth.
+        """
+        out = np.zeros((len(picked), len(HALF_LIVES), DIM), np.float32)
+        if self.rows.n:
+            halves = np.array(HALF_LIVES)
+            _decayed(items, times, lengths, now, picked, halves, self.rows.table, self.rows.keys, self.vectors, out)
+        return out.astype(np.float16)
+
     def pack_rows(self, rows: I64) -> list[bytes]:
         """Return what scoring needs of these rows: bias f32, vector f16[64]."""
         out = np.zeros(len(rows), ROW)
@@ -140,21 +176,6 @@ class Factors:
         self.grow()
         self.bias[rows], self.vectors[rows] = values["bias"], values["vector"]
         return rows
-
-
-def decayed_embeddings(items: U64, times: F64, now: float, vectors: F32) -> F16:
-    """Return f16[2, 64]: the mean of a user's item vectors f32[h, 64], weighted by 2^-(age / H), H = 1 h and 30 d.
-
-    `times` f64[h] in s, `items` u64[h] (0 = no vector, skipped); zeros for an empty history. A cache, never the truth.
-    """
-    out = np.zeros((len(HALF_LIVES), DIM), np.float16)
-    if not len(items):
-        return out
-    age = np.clip(now - times, 0.0, None)
-    for i, half_life in enumerate(HALF_LIVES):
-        weights = np.exp2(-np.minimum((age - age.min()) / half_life, 60.0)) * (items != 0)
-        out[i] = (weights @ vectors) / max(float(weights.sum()), 1e-12)
-    return out
 
 
 def cut(values: NDArray[Any]) -> list[bytes]:

@@ -14,7 +14,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.factors import DIM, decayed_embeddings
 from models.model import Model
 from models.profile import Profiles
 from models.rows import Rows
@@ -36,19 +35,11 @@ class LiveEmbeddings:
 
     def embed(self, profiles: Profiles, picked: NDArray[np.int64]) -> list[bytes]:
         """Return step i64 and f16[2, 64] for each picked profile, at its own last event time."""
-        return [self._one(profiles, int(row)) for row in picked]
-
-    def _one(self, profiles: Profiles, row: int) -> bytes:
-        n = int(profiles.n[row])
-        items = profiles.item[row, :n]
-        at = self._rows.find(items)
-        vectors = np.zeros((n, DIM), np.float32)
-        known = at >= 0
-        vectors[known] = self._model.factors.vectors[at[known]]
-        embedding = decayed_embeddings(
-            np.where(known, items, 0), profiles.time[row, :n], profiles.times[row, 1], vectors
+        found = self._model.factors.decayed_embeddings(
+            profiles.item, profiles.time, profiles.n, profiles.times[:, 1], picked
         )
-        return STEP.pack(self.step) + embedding.tobytes()
+        stamp = STEP.pack(self.step)
+        return [stamp + one.tobytes() for one in found]
 
     async def follow(self) -> None:
         """Load the model's rows from its feed and keep them current, for ever; Redis may come and go."""

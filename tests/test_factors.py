@@ -12,7 +12,7 @@ import torch
 
 from models.encoder import NEGATIVES, Encoder, _columns
 from models.examples import CodecError
-from models.factors import DIM, POSITIONS, Factors, decayed_embeddings, pack_named, unpack_named
+from models.factors import DIM, POSITIONS, Factors, pack_named, unpack_named
 from models.rows import Rows
 
 
@@ -144,15 +144,23 @@ def test_named_values_round_trip() -> None:
 
 
 def test_decayed_embeddings() -> None:
-    vectors = np.eye(2, DIM, dtype=np.float32)
-    items, times = np.array([7, 9], np.uint64), np.array([1e9, 1e9 - 3600.0])
-    out = decayed_embeddings(items, times, 1e9, vectors)
-    assert out.shape == (2, DIM)
+    factors = Factors(rows=Rows())
+    now, none = np.array([1e9, 1e9, 9e10, 1e9, 5.0]), np.zeros(0, np.int64)
+    items = np.array([[7, 9, 1], [7, 7, 9], [7, 9, 8], [8, 8, 8], [9, 7, 8]], np.uint64)
+    times = np.array([[1e9, 1e9 - 3600.0, 0.0]] * 4 + [[9.0, 9.0, 9.0]])
+    users, lengths = np.array([4, 0, 1, 2, 3]), np.array([2, 2, 0, 3, 3])
+    assert not factors.decayed_embeddings(items, times, lengths, now, users).any()
+    rows = factors.rows.add(np.array([7, 9], np.uint64))
+    factors.grow()
+    factors.vectors[rows] = np.eye(2, DIM)
+    out = factors.decayed_embeddings(items, times, lengths, now, users)
+    assert out.shape == (5, 2, DIM)
     assert out.dtype == np.float16
-    np.testing.assert_allclose(out[0, :2], [2 / 3, 1 / 3], atol=1e-3)
-    np.testing.assert_allclose(out[1, :2], [0.5, 0.5], atol=1e-3)
-    assert not decayed_embeddings(items[:0], times[:0], 1e9, vectors[:0]).any()
-    assert np.isfinite(decayed_embeddings(items, times, 9e10, vectors)).all()
+    np.testing.assert_allclose(out[:2, 0, :2], [[0.5, 0.5], [2 / 3, 1 / 3]], atol=1e-3)
+    np.testing.assert_allclose(out[:2, 1, :2], [[0.5, 0.5], [0.5, 0.5]], atol=1e-3)
+    np.testing.assert_allclose(out[2].sum(-1), 1.0, atol=1e-3)
+    assert not out[3:].any()
+    assert factors.decayed_embeddings(items, times, lengths, now, none).shape == (0, 2, DIM)
 
 
 def test_scoring_does_not_import_torch() -> None:
