@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from infra.settings import Settings
-from infra.telemetry import IMPRESSIONS, SNAPSHOT_RELOADS, Telemetry, configure_logging, mark_ready
+from infra.telemetry import EXIT_FOR_GOOD, IMPRESSIONS, SNAPSHOT_RELOADS, Telemetry, configure_logging, mark_ready
 from models.examples import item_hash
 from models.items import CatalogueItem
 from models.profile import Profiles, unpack
@@ -39,6 +39,7 @@ from streaming.topics import Log, LogError, Topics, TopicsError, preflight
 
 LOOKUP_TIMEOUT_S = 0.5
 PING_S = 2.0
+_STARTUP_FAILED = 3  # uvicorn's exit code for a lifespan that raised
 log = logging.getLogger("freshet.serving")
 
 
@@ -122,7 +123,11 @@ async def _check_topics(parts: Parts) -> None:
     """Raise TopicsError where Kafka answers and topics are not as expected; one that is away is waited for later."""
     with contextlib.suppress(LogError, OSError, TimeoutError):
         async with asyncio.timeout(5.0):
-            await preflight(parts.settings.kafka, parts.topics)
+            try:
+                await preflight(parts.settings.kafka, parts.topics)
+            except TopicsError as error:
+                log.critical("%s", error)
+                raise
 
 
 async def keep_log(parts: Parts) -> None:
@@ -182,11 +187,17 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def run(settings: Settings) -> None:
-    """Serve until told to stop; SIGTERM and SIGINT end it in order within about 5 s."""
+    """Serve until told to stop; SIGTERM and SIGINT end it in order within about 5 s.
+
+    Ends with EXIT_FOR_GOOD where Kafka answers and its topics are not those expected.
+    """
     configure_logging(settings.log_level)
     config = uvicorn.Config(
         create_app(settings), host=settings.host, port=settings.port, loop="uvloop", http="httptools", ws="none",
         access_log=False, log_config=None, timeout_graceful_shutdown=3, server_header=False, date_header=False,
         backlog=1024,
     )  # fmt: skip
-    uvicorn.Server(config).run()
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit as end:
+        raise SystemExit(EXIT_FOR_GOOD if end.code == _STARTUP_FAILED else end.code) from None
