@@ -196,7 +196,7 @@ export class Slate {
     const kind = make("span", "kind", item.kind || `no. ${position + 1}`);
     kind.append(make("span", "is-new", "new"));
     const why = make("span", "why");
-    why.append(make("b", "", item.channel), item.reason || NEAR[item.channel] ? ` · ${item.reason || NEAR[item.channel]}` : "");
+    why.append(make("b", "", item.channel.replaceAll("_", " ")), item.reason || NEAR[item.channel] ? ` · ${item.reason || NEAR[item.channel]}` : "");
     words.append(kind, make("span", "title", item.title || item.item_id), why);
     open.append(art(item.item_id), words);
     open.addEventListener("click", () => this.act(item, position, ""));
