@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 READY_FILE: Final = "FRESHET_READY_FILE"
+EXIT_AGAIN: Final = 70  # exit code of a process that goes on from what is committed when it is started again
 EXIT_FOR_GOOD: Final = 78  # exit code of a process that a restart cannot help; the supervisor leaves it ended
 FAST: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 

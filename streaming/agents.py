@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from infra.settings import Settings
-from infra.telemetry import EXIT_FOR_GOOD
+from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
 from models.examples import CodecError, Entries, HoleError, accept
 from models.items import CatalogueItem, Items
 from models.rows import Rows
@@ -28,13 +28,11 @@ from streaming import consumer
 from streaming.consumer import TP, Batch
 from streaming.events import EventError, Weights, decode_item, encode, item_key, parse_inlet
 from streaming.learn import Dead, Embed, GapError, Outcome, Part, UserFold, decode_part, users_of
-from streaming.state import Delta, ItemStore, Keys, RedisUserStore, StoreUnavailable, append_metrics
+from streaming.state import Delta, ItemStore, Keys, RedisUserStore, StoreUnavailable, append_metrics, persist
 from streaming.topics import INLETS, Log, Record, Topics, partition_of
 
 log = logging.getLogger(__name__)
 
-EX_AGAIN: Final = 70
-"""Exit status: start me again, I go on from what is committed."""
 MICRO_BATCH: Final = 1000
 REFUSALS: Final = 5
 ROWS_EVERY_S: Final = 1.0
@@ -104,18 +102,6 @@ class Progress:
         return figures
 
 
-async def persist(what: str, call: Callable[[], Any]) -> Any:
-    """Call Redis until it answers: while it is gone the agent waits, it neither loses nor repeats."""
-    delay = 0.05
-    while True:
-        try:
-            return await call()
-        except StoreUnavailable as error:
-            log.warning("%s: Redis does not answer (%s), again in %.2f s", what, error, delay)
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, 1.0)
-
-
 class DeadLetters:
     """Appends what cannot be read to `dead-letters`, with its source position, reason and original bytes."""
 
@@ -178,7 +164,7 @@ class UserAgent:
             parts = await self._attempt(parts)
             if not parts:
                 return
-        leave(EX_AGAIN, f"commit refused {REFUSALS} times: another worker folds the same partition")
+        leave(EXIT_AGAIN, f"commit refused {REFUSALS} times: another worker folds the same partition")
 
     async def _attempt(self, parts: list[Part]) -> list[Part]:
         """Read, fold, append, commit; return the parts whose commit was refused."""
@@ -203,7 +189,7 @@ class UserAgent:
                     EXIT_FOR_GOOD,
                     f"{error}. Still so right after a seek: `freshet rebuild` folds what is left",
                 )
-            leave(EX_AGAIN, f"{error}. Starting again from what is committed")
+            leave(EXIT_AGAIN, f"{error}. Starting again from what is committed")
             raise
 
     def _count(self, parts: list[Part], outcome: Outcome, refused: list[int | None]) -> None:
@@ -309,7 +295,8 @@ class ItemAgent:
             return
         if offset > self.next:
             leave(
-                EX_AGAIN, f"examples: expected offset {self.next}, got {offset}. Starting again from what is committed"
+                EXIT_AGAIN,
+                f"examples: expected offset {self.next}, got {offset}. Starting again from what is committed",
             )
         try:
             entries = accept(Entries.from_bytes(value), self.marks)
@@ -383,7 +370,7 @@ class ItemAgent:
             )
             if stored is not None and stored != self.next:
                 leave(
-                    EX_AGAIN,
+                    EXIT_AGAIN,
                     f"item rows: expected offset {self.committed} in Redis, found {stored}: a rollback or a twin",
                 )
             self.committed = self.next
@@ -427,7 +414,9 @@ async def watch(app: Any, progress: Progress, reachable: Callable[[], Any]) -> N
         if stuck is None:
             continue
         if await reachable():
-            leave(EX_AGAIN, f"{stuck.topic}[{stuck.partition}]: no progress at {progress.next[stuck]} of {ends[stuck]}")
+            leave(
+                EXIT_AGAIN, f"{stuck.topic}[{stuck.partition}]: no progress at {progress.next[stuck]} of {ends[stuck]}"
+            )
         progress.waits_since = dict.fromkeys(ends, now)
 
 

@@ -1,8 +1,8 @@
 """Rebuild: fold `events` and `examples` again from offset 0, into the next generation of keys, or to verify this one.
 
 Profiles are a fold over `events`, item rows over `examples` (itself truth: its order across partitions exists nowhere
-else) and catalogue entries the last record of each item. The folds are those of the agents; only the cuts differ, and
-the laws say that cuts do not matter.
+else), weights over `examples` along the logged steps, catalogue entries the last record of each item. The folds are
+those of the agents; only the cuts differ, and the laws say that cuts do not matter.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from streaming.state import (
     ItemStore,
     Keys,
     MemoryUserStore,
+    ModelStore,
     Redis,
     RedisUserStore,
     UserStore,
@@ -37,6 +38,7 @@ from streaming.state import (
     read_metrics,
 )
 from streaming.topics import Topics, preflight
+from streaming.trainer import StepRecord, Trainer
 
 BATCH: Final = 1000
 QUIET_S: Final = 4.0
@@ -59,6 +61,7 @@ class Report:
     profiles: int = 0
     rows: int = 0
     catalogue: int = 0
+    steps: int = 0
     seconds: float = 0.0
     differing: list[str] = field(default_factory=list)
 
@@ -82,12 +85,14 @@ async def rebuild(settings: Settings, *, advance: Advance, switch: bool = False)
         await wipe(client, keys)
         report = Report(keys.generation)
         ends = await end_offsets(settings.kafka, topics)
-        store = RedisUserStore(client, keys)
+        users = RedisUserStore(client, keys)
         await fold_users(
-            settings, store, {p: ends[topics.events, p] for p in range(topics.partitions)}, report, advance, cluster
+            settings, users, {p: ends[topics.events, p] for p in range(topics.partitions)}, report, advance, cluster
         )
         items, marks = await fold_items(settings, ends[topics.examples, 0], report, advance)
         await _write_items(settings, client, keys, items, marks, ends, cluster)
+        store = ModelStore(client, keys, settings.feed_mb << 20)
+        report.steps = (await fold_weights(settings, store, advance, cluster)).learner.model.step
         async for _ in client.scan_iter(f"{keys.prefix}:{{u*}}:profile:*", count=5000):
             report.profiles += 1
         report.seconds = time.monotonic() - began
@@ -255,6 +260,32 @@ async def _write_items(
     await store.commit(expected=0, head=head, keys=items.rows.keys[rows].tolist(), values=items.pack(rows))
     catalogue = await _catalogue(settings, ends[topics.items, 0])
     await store.commit_catalogue(ends[topics.items, 0], [*catalogue], [*catalogue.values()])
+
+
+async def fold_weights(settings: Settings, store: ModelStore, advance: Advance, cluster: str = "") -> Trainer:
+    """Learn `examples` again along the logged steps into an empty store: bit for bit on one CPU and torch build.
+
+    What came after the last logged step is left to the learner.
+    """
+    topics, trainer = topics_of(settings), Trainer(store=store, cluster=cluster, seed=settings.seed)
+    steps: list[StepRecord] = []
+    logged = {0: await topic_end(settings.kafka, topics.steps)}
+    async for _, records in read_topic(settings.kafka, topics.steps, logged):
+        steps += [msgspec.msgpack.decode(record.value, type=StepRecord) for record in records]
+    waiting: list[tuple[int, bytes]] = []
+    at, end = 0, steps[-1].next if steps else 0
+    async for _, records in read_topic(settings.kafka, topics.examples, {0: end}):
+        waiting += [(record.offset, record.value or b"") for record in records]
+        while at < len(steps) and waiting and waiting[-1][0] + 1 >= steps[at].next:
+            step, at = steps[at], at + 1
+            if step.next <= trainer.next:  # appended again after a crash
+                continue
+            count = step.next - trainer.next
+            trainer.retrace(waiting[:count], step.sizes)
+            del waiting[:count]
+            await trainer.step()
+            advance("weights", trainer.next, end)
+    return trainer
 
 
 async def wipe(client: Redis, keys: Keys) -> None:

@@ -26,9 +26,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import redis.asyncio as aioredis
@@ -46,6 +46,7 @@ FEED_ENTRY_BYTES: Final = 1_000_000
 Redis = Any
 StoreUnavailable = (RedisConnectionError, RedisTimeoutError, OSError)
 StoreError = RedisError
+T = TypeVar("T")
 
 _READ = """
 local r = redis.call('HMGET', KEYS[1], 'next', 'marks', 'cluster')
@@ -165,6 +166,18 @@ class Keys:
     def metrics(self, name: str) -> str:
         """Learning curve of a process."""
         return f"{self.prefix}:metrics:{name}"
+
+
+async def persist(what: str, call: Callable[[], Awaitable[T]]) -> T:
+    """Call Redis until it answers: while it is gone a fold waits, it neither loses nor repeats."""
+    delay = 0.05
+    while True:
+        try:
+            return await call()
+        except StoreUnavailable as error:
+            log.warning("%s: Redis does not answer (%s), again in %.2f s", what, error, delay)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, 1.0)
 
 
 async def live_keys(client: Redis, namespace: str) -> Keys:

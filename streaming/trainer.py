@@ -13,8 +13,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, Final, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NoReturn
 
 import msgspec
 import numpy as np
@@ -22,21 +22,18 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 
 from infra.settings import Settings
-from infra.telemetry import EXIT_FOR_GOOD, mark_ready
+from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, mark_ready
 from models.examples import ENTERS, CodecError, Entries, HoleError, accept, concatenate
 from models.learner import Learned, Learner, Origin
 from models.rows import Rows
-from streaming.state import ModelStore, StoreUnavailable, append_metrics, connect, live_keys
+from streaming.state import ModelStore, StoreUnavailable, append_metrics, connect, live_keys, persist
 from streaming.topics import Log, Topics, TopicsError, preflight
 
 log = logging.getLogger(__name__)
 
-EX_AGAIN: Final = 70
-"""Exit status: start me again, I go on from what is committed."""
 MICRO_BATCH: Final = 64
 MICRO_BATCH_S: Final = 0.05
 STEP_S: Final = 1.0
-T = TypeVar("T")
 
 
 class TrainerError(RuntimeError):
@@ -127,7 +124,7 @@ class Trainer:
             if offset < self.next:
                 continue
             if offset > self.next:
-                raise TrainerError(EX_AGAIN, f"examples: expected offset {self.next}, got {offset}")
+                raise TrainerError(EXIT_AGAIN, f"examples: expected offset {self.next}, got {offset}")
             entries = self._accept(offset, value)
             self.next = offset + 1
             if entries is not None and len(entries):
@@ -137,13 +134,28 @@ class Trainer:
 
     def _micro_batches(self, entries: Entries, origin: Origin) -> None:
         for first in range(0, len(entries), MICRO_BATCH):
-            part = entries.slice(first, min(first + MICRO_BATCH, len(entries)), [])
-            if not self._sizes:
-                self._step_seed = self.learner.step_seed(part)
-            self._sizes.append(len(part))
-            learned = self.learner.learn(part, origin)
-            for name in Learned.__slots__:
-                setattr(self.totals, name, getattr(self.totals, name) + getattr(learned, name))
+            self._learn(entries.slice(first, min(first + MICRO_BATCH, len(entries)), []), origin)
+
+    def _learn(self, part: Entries, origin: Origin) -> None:
+        if not self._sizes:
+            self._step_seed = self.learner.step_seed(part)
+        self._sizes.append(len(part))
+        learned = self.learner.learn(part, origin)
+        for name in Learned.__slots__:
+            setattr(self.totals, name, getattr(self.totals, name) + getattr(learned, name))
+
+    def retrace(self, records: Sequence[tuple[int, bytes]], sizes: Sequence[int]) -> None:
+        """Learn the records of one logged step, cut as they were cut then; `step` commits it."""
+        origin, parts = self._origin(self.next), []
+        for offset, value in records:
+            entries = self._accept(offset, value)
+            self.next = offset + 1
+            if entries is not None and len(entries):
+                parts.append(entries)
+        at = 0
+        for size in sizes:
+            self._learn(concatenate(parts).slice(at, at + size, []), origin)
+            at += size
 
     def _origin(self, offset: int) -> Origin:
         return Origin(offset, self.learner.stream_time, tuple(sorted(self.marks.items())))
@@ -179,7 +191,7 @@ class Trainer:
         )
         if stored is not None and stored != self.next:
             raise TrainerError(
-                EX_AGAIN, f"weights: expected offset {self.committed} in Redis, found {stored}: a rollback or a twin"
+                EXIT_AGAIN, f"weights: expected offset {self.committed} in Redis, found {stored}: a rollback or a twin"
             )
         self.committed, self._sizes = self.next, []
         self._published = (record, keys, rows)
@@ -201,29 +213,6 @@ class Trainer:
     _resumed: tuple[float, dict[int, int]]
 
 
-def retrace(examples: Iterable[tuple[int, bytes]], steps: Iterable[StepRecord], *, seed: int = 1) -> Learner:
-    """Recompute the weights from offset 0 along logged steps; bit for bit on the same CPU and torch build."""
-    learner, marks = Learner(rows=Rows(), seed=seed), dict[int, int]()
-    records = iter(examples)
-    done = 0
-    for step in steps:
-        if step.step <= done:  # appended again after a crash
-            continue
-        parts = []
-        for offset, value in records:
-            entries = accept(Entries.from_bytes(value), marks)
-            if len(entries):
-                parts.append(entries)
-            if offset + 1 == step.next:
-                break
-        at = 0
-        for size in step.sizes:
-            learner.learn(concatenate(parts).slice(at, at + size, []))
-            at += size
-        done = learner.model.step = step.step
-    return learner
-
-
 def _pack_origin(origin: Origin | None) -> bytes:
     return b"" if origin is None else msgspec.msgpack.encode((origin.offset, origin.time, origin.marks))
 
@@ -233,18 +222,6 @@ def _unpack_origin(data: bytes) -> Origin | None:
         return None
     offset, at, marks = msgspec.msgpack.decode(data, type=tuple[int, float, tuple[tuple[int, int], ...]])
     return Origin(offset, at, marks)
-
-
-async def persist(what: str, call: Callable[[], Awaitable[T]]) -> T:
-    """Call Redis until it answers: while it is gone the learner waits, it neither loses nor repeats."""
-    delay = 0.05
-    while True:
-        try:
-            return await call()
-        except StoreUnavailable as error:
-            log.warning("%s: Redis does not answer (%s), again in %.2f s", what, error, delay)
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, 1.0)
 
 
 def run(settings: Settings) -> None:
@@ -260,7 +237,7 @@ def run(settings: Settings) -> None:
     except TrainerError as error:
         _leave(error.status, str(error))
     except KafkaError as error:
-        _leave(EX_AGAIN, f"Kafka: {type(error).__name__}: {error}")
+        _leave(EXIT_AGAIN, f"Kafka: {type(error).__name__}: {error}")
 
 
 def warm() -> None:

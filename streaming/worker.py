@@ -11,13 +11,18 @@ import signal
 from collections.abc import Coroutine
 from typing import Any, Literal
 
+import numpy as np
 import uvloop
 
 from infra.settings import Settings
-from infra.telemetry import EXIT_FOR_GOOD, mark_ready
+from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, mark_ready
+from models.examples import Entries, accept
+from models.factors import Factors
+from models.items import Items
+from models.profile import Profiles
+from models.rows import Rows
 from streaming import consumer
 from streaming.agents import (
-    EX_AGAIN,
     ItemAgent,
     Progress,
     UserAgent,
@@ -29,8 +34,9 @@ from streaming.agents import (
     watch,
 )
 from streaming.embeddings import LiveEmbeddings
-from streaming.events import Weights
-from streaming.state import ItemStore, RedisUserStore, connect, live_keys
+from streaming.events import Click, Weights, encode
+from streaming.learn import UserFold, decode_part
+from streaming.state import ItemStore, MemoryUserStore, RedisUserStore, connect, live_keys
 from streaming.topics import Log, TopicsError, preflight
 
 log = logging.getLogger(__name__)
@@ -40,7 +46,26 @@ Role = Literal["users", "items"]
 
 def run(settings: Settings, role: Role, slot: int) -> None:
     """Run one worker process of a role in its slot until SIGTERM or SIGINT; exits by status where it cannot go on."""
+    warm()
     uvloop.run(_main(settings, role, slot))
+
+
+def warm() -> None:
+    """Load (or compile) every kernel of the folds before the process calls itself ready: the first call costs most."""
+    store, fold = MemoryUserStore(), UserFold(Weights())
+    items, factors = Items(rows=Rows()), Factors(rows=Rows())
+    for offset in range(2):
+        click = Click(user_id="warm", item_id=f"warm-{offset}", ts=1.0, event_id=str(offset))
+        part = decode_part("warm", 0, [(offset, 2000, encode(click))])
+        outcome = fold.fold([part], {0: store.read_now(0, [click.user_id])})
+        store.commit_now(outcome.writes[0])
+        changed = items.fold(accept(Entries.from_bytes(outcome.records[0].to_bytes()), {0: offset}))
+        Items(rows=Rows()).load(items.rows.keys[changed], items.pack(changed))
+        items.pack_totals()
+    profiles = Profiles([store.values["profile", 0, "warm"]], [None])
+    factors.rows.add(profiles.item[0, :1])
+    factors.grow()
+    factors.decayed_embeddings(profiles.item, profiles.time, profiles.n, profiles.times[:, 1], np.zeros(1, np.int64))
 
 
 async def _main(settings: Settings, role: Role, slot: int) -> None:
@@ -111,7 +136,7 @@ def _app(settings: Settings, role: str, slot: int, agent: UserAgent | ItemAgent)
     return consumer.create_app(
         f"{settings.namespace}-{role}", kafka=settings.kafka, form=settings.consumer, instance=f"{role}-{slot}",
         seek=agent.offsets,
-        on_crash=lambda name, error: leave(EX_AGAIN, f"agent {name} crashed: {type(error).__name__}: {error}"),
+        on_crash=lambda name, error: leave(EXIT_AGAIN, f"agent {name} crashed: {type(error).__name__}: {error}"),
     )  # fmt: skip
 
 
@@ -123,7 +148,7 @@ async def _loud(work: Coroutine[Any, Any, None]) -> None:
         raise
     except Exception as error:
         log.exception("background task failed")
-        leave(EX_AGAIN, f"background task failed: {type(error).__name__}: {error}")
+        leave(EXIT_AGAIN, f"background task failed: {type(error).__name__}: {error}")
 
 
 async def _reachable(host: str, port: int) -> bool:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -21,9 +20,10 @@ from models.learner import Learner
 from models.model import Model
 from models.ranker import F
 from models.rows import Rows
+from streaming.rebuild import fold_weights
 from streaming.state import Keys, ModelStore, connect, read_feed
 from streaming.topics import Log, Topics
-from streaming.trainer import StepRecord, Trainer, retrace
+from streaming.trainer import Trainer
 from tests.entries import Walk, cuts
 
 RECORDS = [
@@ -102,9 +102,9 @@ async def test_kill_and_resume_ends_in_the_logged_weights(
         process.kill()
         await log.stop()
     head, rows = await store.load()
-    examples = await _read(settings.kafka, made.examples)
-    steps = [msgspec.msgpack.decode(value, type=StepRecord) for _, value in await _read(settings.kafka, made.steps)]
-    again = retrace(examples, steps)
+    retraced = ModelStore(client, Keys(settings.namespace, 2))
+    again = (await fold_weights(settings, retraced, lambda *_: None)).learner
+    assert dict((await retraced.load())[1]) == dict(rows)
     assert int(head["step"]) == again.model.step >= 2
     assert dict(rows) == _rows(again)
     assert head["dense"] == again.dense_state()
