@@ -127,6 +127,7 @@ class Item(msgspec.Struct, kw_only=True, omit_defaults=True, tag="item", tag_fie
 Interaction = Click | Dwell | Rating | Action | View
 Event = Click | Dwell | Rating | Action | View | Impression
 Reserved = Alias | Erase
+_RESERVED: Final = (Alias, Erase)
 INLETS: Final = {"clicks": Click, "dwells": Dwell, "ratings": Rating, "actions": Action, "views": View}
 
 _from_json = msgspec.json.Decoder(Interaction)
@@ -214,7 +215,7 @@ def decode(data: bytes) -> Event:
         event: Event | Reserved = _from_log.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise _explain(error, data[:40].hex()) from error
-    if isinstance(event, Alias | Erase):
+    if isinstance(event, _RESERVED):
         raise EventError("$.type", "a type this version folds", f"{type(event).__name__.lower()!r}, which is reserved")
     check(event)
     return event
