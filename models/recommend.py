@@ -193,10 +193,10 @@ def _reasons(items: Items, channels: list[int], own: I64) -> list[str]:
     newest = int(own[0]) if len(own) else -1
     title = items.title(newest) if newest >= 0 else ""
     texts = {
-        POPULAR_NOW: "Popular right now", POPULAR: "Popular", RECENT: "You have been here before", FRESH: "New here",
-        TRANSITION: f"Often chosen after {title}", VECTOR: "Close to what you chose lately" if title else "Popular",
+        POPULAR_NOW: "Chosen most in the last minutes", POPULAR: "Chosen most of late", RECENT: "You have been here before", FRESH: "New here",
+        TRANSITION: f"Often chosen after {title}", VECTOR: "Close to what you chose lately" if title else "Chosen most of late",
     }  # fmt: skip
-    return [texts.get(channel, "Popular today") for channel in channels]
+    return [texts.get(channel, "Chosen most today") for channel in channels]
 
 
 def _trace(items: Items, rows: I64, channels: U8, found: I64, scores: F64, marks: list[float]) -> dict[str, Any]:

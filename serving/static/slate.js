@@ -1,7 +1,6 @@
 // The visitor's slate: click a tile, the event goes out, the slate is asked for again with that event applied.
 const N = 10;
 const WAIT_MS = 2000;
-const NEAR = { transitions: "people who like the same went on to this", vectors: "close to your recent taste", popular: "many people like it now", fresh: "just published", explore: "a try, to learn" };
 
 function hue(text) {
   let hash = 2166136261;
@@ -196,7 +195,7 @@ export class Slate {
     const kind = make("span", "kind", item.kind || `no. ${position + 1}`);
     kind.append(make("span", "is-new", "new"));
     const why = make("span", "why");
-    why.append(make("b", "", item.channel.replaceAll("_", " ")), item.reason || NEAR[item.channel] ? ` · ${item.reason || NEAR[item.channel]}` : "");
+    why.append(make("b", "", item.channel.replaceAll("_", " ")), item.reason ? ` · ${item.reason}` : "");
     words.append(kind, make("span", "title", item.title || item.item_id), why);
     open.append(art(item.item_id), words);
     open.addEventListener("click", () => this.act(item, position, ""));

@@ -1,0 +1,78 @@
+"""Dead letters: written with position, reason and original; read once each, however often they were delivered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from typer.testing import CliRunner
+
+from infra.cli import app
+from infra.settings import Settings
+from streaming.agents import DeadLetters, InletAgent
+from streaming.consumer import TP
+from streaming.dead_letters import Letter, letters
+from streaming.learn import Dead
+from streaming.topics import Log, Topics
+
+
+async def test_an_inlet_sends_what_it_cannot_read_to_the_dead_letters(
+    settings: Settings, topics: Callable[..., Awaitable[Topics]], monkeypatch: Any
+) -> None:
+    made = await topics()
+    log = Log(settings.kafka)
+    await log.start()
+    records = [(7, 0, b"not json"), (8, 0, b'{"user_id":"u","item_id":"i","ts":1}'), (9, 0, b'{"user_id":"u","ts":1}')]
+
+    async def once() -> Any:
+        yield {TP(made.inlet("clicks"), 2): records}
+
+    for _ in range(2):  # delivery is at least once
+        await InletAgent("clicks", topics=made, log_=log).run(once())
+    await DeadLetters(log, made).send([Dead(made.events, 0, 1, "expected version 1", b"\xff\x00")])
+    await log.stop()
+    found = await letters(settings)
+    assert [letter.name for letter in found] == [
+        f"{made.inlet('clicks')}:2:7", f"{made.inlet('clicks')}:2:9", f"{made.events}:0:1",
+    ]  # fmt: skip
+    assert "well-formed bytes of one object, got not json" in found[0].reason
+    assert "the field `item_id`" in found[1].reason
+    assert found[0].text() == "not json"
+    assert found[2].text() == "ff 00"
+
+
+def test_originals_are_shown_as_a_person_can_read_them() -> None:
+    def text(original: bytes) -> str:
+        return Letter("t", 0, 1, "r", original, 0.0).text()
+
+    assert text(b'{"a":1}') == '{"a":1}'
+    assert text(b"\x81\xa1a\xcb@\x00\x00\x00\x00\x00\x00\x00") == '{"a":2.0}'
+    assert text(b"\xc1\xff") == "c1 ff"
+
+
+def test_the_verbs_list_and_show(
+    settings: Settings, topics: Callable[..., Awaitable[Topics]], monkeypatch: Any, tmp_path: Any
+) -> None:
+    import asyncio
+
+    async def prepare() -> None:
+        made = await topics()
+        log = Log(settings.kafka)
+        await log.start()
+        await DeadLetters(log, made).send([Dead(made.events, 3, 5, "a reason to act on", b"original")])
+        await log.stop()
+
+    asyncio.run(prepare())
+    for name in ("kafka", "redis", "namespace"):
+        monkeypatch.setenv(f"FRESHET_{name.upper()}", getattr(settings, name))
+    run = CliRunner().invoke
+    position = f"{settings.namespace}.events:3:5"
+    listed = json.loads(run(app, ["dead-letters", "list", "--json", "--data", str(tmp_path)]).output)
+    assert [(row["position"], row["reason"], row["original"]) for row in listed] == [
+        (position, "a reason to act on", "original")
+    ]
+    shown = run(app, ["dead-letters", "show", position, "--data", str(tmp_path)])
+    assert "a reason to act on" in shown.output
+    missing = run(app, ["dead-letters", "show", "x:0:1", "--data", str(tmp_path)])
+    assert missing.exit_code == 1
