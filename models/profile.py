@@ -102,11 +102,11 @@ class Profiles:
         self._load(packed, seen)
 
     def _load(self, packed: list[bytes | None], seen: list[bytes | None]) -> None:
-        for row, stored in enumerate(seen):
-            if stored:
-                if len(stored) % 4 or len(stored) > 4 * SEEN:
-                    raise CodecError(f"seen list: expected at most {SEEN} hashes of 4 bytes, got {len(stored)} bytes")
-                self.seen[row, : self.seen_n[row]] = np.frombuffer(stored, "<u4")
+        lists = [stored for stored in seen if stored]
+        for size in map(len, lists):
+            if size % 4 or size > 4 * SEEN:
+                raise CodecError(f"seen list: expected at most {SEEN} hashes of 4 bytes, got {size} bytes")
+        _spread(np.frombuffer(b"".join(lists), "<u4"), self.seen_n, self.seen)
         sizes = np.fromiter((len(p) if p else 0 for p in packed), np.int64, len(packed))
         start = np.zeros(len(packed) + 1, np.int64)
         np.cumsum(sizes, out=start[1:])
@@ -144,7 +144,12 @@ class Profiles:
 
     def pack_seen(self, rows: I64) -> list[bytes]:
         """Return the packed seen lists of these users."""
-        return [self.seen[row, : self.seen_n[row]].tobytes() for row in rows]
+        start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(self.seen_n[rows], out=start[1:])
+        buffer = np.empty(int(start[-1]), np.uint32)
+        _gather(buffer, rows, self.seen_n, self.seen)
+        data, cuts = buffer.tobytes(), (4 * start).tolist()
+        return [data[a:b] for a, b in pairwise(cuts)]
 
     def fold(self, batch: EventColumns) -> Folded:
         """Fold a micro-batch in order and return what each event derives; the profiles change in place."""
@@ -222,6 +227,22 @@ def unpack(profile: bytes | None, seen: bytes | None) -> ProfileView:
         last_time=float(one.times[0, 1]),
         slates=slates,
     )
+
+
+@njit(cache=True)
+def _spread(flat, lengths, lists):  # type: ignore[no-untyped-def]  # fmt: skip
+    at = 0
+    for u in range(len(lengths)):
+        lists[u, : lengths[u]] = flat[at : at + lengths[u]]
+        at += lengths[u]
+
+
+@njit(cache=True)
+def _gather(flat, rows, lengths, lists):  # type: ignore[no-untyped-def]  # fmt: skip
+    at = 0
+    for u in rows:
+        flat[at : at + lengths[u]] = lists[u, : lengths[u]]
+        at += lengths[u]
 
 
 @njit(cache=True)

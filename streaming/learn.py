@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import msgspec
 import numpy as np
@@ -32,6 +33,8 @@ Embed = Callable[[Profiles, NDArray[np.int64]], list[bytes]]
 """Cached decayed embeddings of some rows of the profiles; see models/factors.py."""
 
 _CONTEXT = msgspec.msgpack.Encoder()
+_WEIGHTLESS = {Impression: (IMPRESSION, 0.0, 0.0), View: (VIEW, 0.0, 0.0)}
+"""(kind, weight, value) of what has no weight."""
 
 
 class GapError(RuntimeError):
@@ -123,32 +126,25 @@ class UserFold:
         spans: list[tuple[Part, int, int, dict[str, int], int]] = []
         skipped = 0
         for part in parts:
-            read, start = reads[part.partition], len(columns.kind)
+            read, start = reads[part.partition], len(columns.events)
             if part.first > read.applied:
                 raise GapError(
                     f"events[{part.partition}]: expected offset {read.applied} next, got {part.first}:"
                     " Redis was rolled back, or the log lost records"
                 )
             marks = dict(read.marks)
-            for offset, record_ms, event in zip(part.offsets, part.times, part.events, strict=True):
-                if offset < read.applied:
-                    continue
-                if event.source is not None:
-                    inlet, source_partition, source_offset = event.source
-                    mark = f"{inlet}:{source_partition}"
-                    if source_offset < marks.get(mark, 0):
-                        skipped += 1
-                        continue
-                    marks[mark] = source_offset + 1
-                self._enter(columns, part.partition, rows[part.partition, event.user_id], offset, record_ms, event)
-            spans.append((part, start, len(columns.kind), marks, read.applied))
+            kept, repeats = _unfolded(part, read.applied, marks)
+            skipped += repeats
+            columns.add(part, kept, rows[part.partition])
+            spans.append((part, start, len(columns.events), marks, read.applied))
+        columns.read(self._weights, self._hash)
         return self._finish(columns, profiles, users, rows, spans, skipped)
 
     def _finish(
         self, columns: _Columns, profiles: Profiles, users: Mapping[int, list[str]],
-        rows: Mapping[tuple[int, str], int], spans: list[tuple[Part, int, int, dict[str, int], int]], skipped: int,
+        rows: Mapping[int, dict[str, int]], spans: list[tuple[Part, int, int, dict[str, int], int]], skipped: int,
     ) -> Outcome:  # fmt: skip
-        folded = profiles.fold(columns.arrays())
+        folded = profiles.fold(columns.arrays)
         outcome = Outcome(overflow=folded.overflow)
         outcome.applied = int((folded.status == APPLIED).sum())
         outcome.duplicates = skipped + int((folded.status == DUPLICATE).sum())
@@ -157,23 +153,22 @@ class UserFold:
         for part, start, end, marks, applied in spans:
             following = max(part.next, applied)
             write = UserWrite(part.partition, applied, following, marks)
-            self._pack(write, profiles, [(user, rows[part.partition, user]) for user in users[part.partition]])
+            self._pack(write, profiles, rows[part.partition])
             outcome.writes.append(write)
             if following > applied:
                 pieces.append(columns.entries(folded, start, end, (part.partition, applied, following)))
         outcome.records = _records(pieces)
         return outcome
 
-    def _pack(self, write: UserWrite, profiles: Profiles, users: list[tuple[str, int]]) -> None:
-        changed = [(user, row) for user, row in users if profiles.changed[row]]
-        picked = np.fromiter((row for _, row in changed), np.int64, len(changed))
-        names = [user for user, _ in changed]
+    def _pack(self, write: UserWrite, profiles: Profiles, rows: Mapping[str, int]) -> None:
+        users, all_rows = list(rows), np.fromiter(rows.values(), np.int64, len(rows))
+        touched = profiles.changed[all_rows]
+        picked, names = all_rows[touched], list(compress(users, touched.tolist()))
         write.profiles = dict(zip(names, profiles.pack(picked), strict=True))
         if self._embed is not None and names:
             write.embeddings = dict(zip(names, self._embed(profiles, picked), strict=True))
-        seen = [(user, row) for user, row in changed if profiles.seen_changed[row]]
-        packed = profiles.pack_seen(np.fromiter((row for _, row in seen), np.int64, len(seen)))
-        write.seen = {user: value for (user, _), value in zip(seen, packed, strict=True)}
+        acted = profiles.seen_changed[picked]
+        write.seen = dict(zip(compress(names, acted.tolist()), profiles.pack_seen(picked[acted]), strict=True))
 
     def _hash(self, text: str) -> int:
         found = self._hashes.get(text)
@@ -183,44 +178,38 @@ class UserFold:
             found = self._hashes[text] = item_hash(text)
         return found
 
-    def _enter(self, c: _Columns, partition: int, row: int, offset: int, record_ms: int, event: Event) -> None:
-        record_s = record_ms / 1000
-        c.partition.append(partition)
-        c.user.append(row)
-        c.offset.append(offset)
-        c.ts.append(event.ts)
-        c.time.append(min(event.ts, record_s))
-        c.record_s.append(record_ms // 1000)
-        c.slate.append(item_hash(event.slate_id) if event.slate_id else 0)
-        c.event.append(0 if event.event_id is None else item_hash(event.event_id))
-        if isinstance(event, Impression):
-            c.kind.append(IMPRESSION)
-            c.item.append(0)
-            c.weight.append(0.0)
-            c.value.append(0.0)
-            c.ids.append("")
-            c.extra.append(event.payload)
-            c.shown += [self._hash(item) & 0xFFFFFFFF for item in event.shown]
-            c.shown_start.append(len(c.shown))
-            return
-        kind, weight, value = (VIEW, 0.0, 0.0) if isinstance(event, View) else self._weights.of(event)
-        c.kind.append(kind)
-        c.item.append(self._hash(event.item_id))
-        c.weight.append(weight)
-        c.value.append(value)
-        c.ids.append(event.item_id)
-        c.extra.append(_CONTEXT.encode(event.context) if event.context else b"")
-        c.shown_start.append(len(c.shown))
+
+def _unfolded(part: Part, applied: int, marks: dict[str, int]) -> tuple[list[int] | None, int]:
+    """Choose the events that were not folded before, None for all of them, and move the inlets' marks on.
+
+    Also returns how many were the repeat of an append.
+    """
+    if part.first >= applied and not any(event.source for event in part.events):
+        return None, 0
+    kept: list[int] = []
+    repeats = 0
+    for i, (offset, event) in enumerate(zip(part.offsets, part.events, strict=True)):
+        if offset < applied:
+            continue
+        if event.source is not None:
+            inlet, source_partition, source_offset = event.source
+            mark = f"{inlet}:{source_partition}"
+            if source_offset < marks.get(mark, 0):
+                repeats += 1
+                continue
+            marks[mark] = source_offset + 1
+        kept.append(i)
+    return kept, repeats
 
 
 def _profiles(
     users: Mapping[int, list[str]], reads: Mapping[int, UserRead]
-) -> tuple[Profiles, dict[tuple[int, str], int]]:
+) -> tuple[Profiles, dict[int, dict[str, int]]]:
     packed: list[bytes | None] = []
     seen: list[bytes | None] = []
-    rows: dict[tuple[int, str], int] = {}
+    rows: dict[int, dict[str, int]] = {}
     for partition, names in users.items():
-        rows.update({(partition, user): len(packed) + i for i, user in enumerate(names)})
+        rows[partition] = {user: row for row, user in enumerate(names, len(packed))}
         packed += reads[partition].profiles
         seen += reads[partition].seen
     return Profiles(packed, seen), rows
@@ -236,42 +225,55 @@ def _records(pieces: list[Entries]) -> list[Entries]:
 
 
 class _Columns:
-    """Columns of a micro-batch while it is read event by event; plain lists, because appending to them is cheapest."""
+    """Columns of a micro-batch, filled a part at a time: comprehensions over events are the cheapest way to them."""
 
     def __init__(self) -> None:
-        self.partition: list[int] = []
+        self.events: list[Event] = []
         self.user: list[int] = []
-        self.offset: list[int] = []
-        self.ts: list[float] = []
-        self.time: list[float] = []
-        self.record_s: list[int] = []
-        self.kind: list[int] = []
-        self.item: list[int] = []
-        self.event: list[int] = []
-        self.weight: list[float] = []
-        self.value: list[float] = []
-        self.slate: list[int] = []
-        self.shown: list[int] = []
-        self.shown_start: list[int] = [0]
-        self.ids: list[str] = []
-        self.extra: list[bytes] = []
-        self._made: EventColumns | None = None
+        self._offset: list[int] = []
+        self._record_ms: list[int] = []
 
-    def arrays(self) -> EventColumns:
-        """Return the columns as arrays."""
-        self._made = EventColumns(
-            user=np.array(self.user, np.int64), kind=np.array(self.kind, np.uint8),
-            item=np.array(self.item, np.uint64), time=np.array(self.time, np.float64),
-            record_s=np.array(self.record_s, np.uint32), event=np.array(self.event, np.uint64),
-            weight=np.array(self.weight, np.float64), slate=np.array(self.slate, np.uint64),
-            shown_start=np.array(self.shown_start, np.int64), shown=np.array(self.shown, np.uint32),
-        )  # fmt: skip
-        return self._made
+    def add(self, part: Part, kept: list[int] | None, rows: Mapping[str, int]) -> None:
+        """Append the events of a part, all or those at `kept`; `rows` are its users' in the profiles."""
+        events, offsets, times = part.events, part.offsets, part.times
+        if kept is not None:
+            events, offsets, times = ([column[i] for i in kept] for column in (events, offsets, times))  # type: ignore[assignment]
+        self.events += events
+        self._offset += offsets
+        self._record_ms += times
+        self.user += [rows[event.user_id] for event in events]
+
+    def read(self, weights: Weights, hashed: Callable[[str], int]) -> None:
+        """Read what the fold and the entries need out of the events."""
+        events = self.events
+        meanings = [_WEIGHTLESS.get(type(event)) or weights.of(event) for event in events]  # type: ignore[arg-type]
+        kinds = [kind for kind, _, _ in meanings]
+        kind, record_ms = np.array(kinds, np.uint8), np.array(self._record_ms, np.int64)
+        shown: list[int] = []
+        shown_start = np.zeros(len(events) + 1, np.int64)
+        for i in np.flatnonzero(kind == IMPRESSION).tolist():
+            shown += [hashed(item) & 0xFFFFFFFF for item in events[i].shown]  # type: ignore[union-attr]
+            shown_start[i + 1] = len(events[i].shown)  # type: ignore[union-attr]
+        self.ids = ["" if k == IMPRESSION else e.item_id for k, e in zip(kinds, events, strict=True)]  # type: ignore[union-attr]
+        self.ts = [event.ts for event in events]
+        self.offset = np.array(self._offset, np.int64)
+        self.value = np.array([value for _, _, value in meanings], np.float64)
+        self.arrays = EventColumns(
+            user=np.array(self.user, np.int64),
+            kind=kind,
+            item=np.array([hashed(text) if text else 0 for text in self.ids], np.uint64),
+            time=np.minimum(np.array(self.ts, np.float64), record_ms / 1000),
+            record_s=(record_ms // 1000).astype(np.uint32),
+            event=np.array([0 if e.event_id is None else item_hash(e.event_id) for e in events], np.uint64),
+            weight=np.array([weight for _, weight, _ in meanings], np.float64),
+            slate=np.array([item_hash(e.slate_id) if e.slate_id else 0 for e in events], np.uint64),
+            shown_start=np.cumsum(shown_start),
+            shown=np.array(shown, np.uint32),
+        )
 
     def entries(self, folded: Folded, start: int, end: int, covered: tuple[int, int, int]) -> Entries:
         """Return the entries of the applied events among start:end, which cover this range of their partition."""
-        made = self._made
-        assert made is not None
+        made, events = self.arrays, self.events
         rows = start + np.flatnonzero(folded.status[start:end] == APPLIED)
         lengths = folded.history_length[rows].astype(np.int64)
         begin = np.zeros(len(rows) + 1, np.int64)
@@ -280,19 +282,25 @@ class _Columns:
         return Entries(
             ranges=[covered],
             partition=np.full(len(rows), covered[0], np.uint16),
-            offset=np.array(self.offset, np.int64)[rows],
+            offset=self.offset[rows],
             index=np.zeros(len(rows), np.uint16),
             time=made.time[rows],
             kind=made.kind[rows],
             flags=folded.flags[rows],
             target=made.item[rows],
             weight=made.weight[rows],
-            value=np.array(self.value, np.float64)[rows],
+            value=self.value[rows],
             slates=folded.slates[rows],
             history_start=begin,
             history_item=folded.history_item[rows][filled],
             history_time=folded.history_time[rows][filled],
             history_kind=folded.history_kind[rows][filled],
-            ids=[self.ids[i] for i in rows],
-            extra=[self.extra[i] for i in rows],
+            ids=[self.ids[i] for i in rows.tolist()],
+            extra=[_extra(events[i]) for i in rows.tolist()],
         )
+
+
+def _extra(event: Event) -> bytes:
+    if isinstance(event, Impression):
+        return event.payload
+    return _CONTEXT.encode(event.context) if event.context else b""
