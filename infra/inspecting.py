@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,11 +29,18 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def servers(settings: Settings, data: str) -> Iterator[Settings]:
     """Yield settings whose Kafka and Redis answer: those that run, or the data folder's own, started for the while."""
-    if settings.kafka and settings.redis:
+    from infra.kafka import kafka_answers
+    from infra.stack import Stack, StackError
+    from infra.store import redis_answers
+
+    if settings.kafka and settings.redis and kafka_answers(settings.kafka) and redis_answers(settings.redis):
         yield settings
         return
-    from infra.stack import Stack
-
+    if not (Path(data) / "kafka").is_dir():
+        raise StackError(
+            f"no servers that answer, and no log in the data folder {data}. Name it with --data DIR, or set"
+            " FRESHET_KAFKA and FRESHET_REDIS to servers that run"
+        )
     with Stack(Settings.load(data, running=False), processes=("kafka", "redis")) as stack:
         yield stack.settings
 
