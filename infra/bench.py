@@ -42,7 +42,7 @@ RATE: Final = 200.0
 """Lookups and events per second of the lookup bench."""
 LIGHT: Final = 50.0
 """The same of the freshness bench."""
-POLL_S: Final = 0.02
+POLL_S: Final = 0.05
 STALLED_S: Final = 60.0
 APPEND: Final = 5000
 TARGETS: Final[dict[str, tuple[str, float]]] = {

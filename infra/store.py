@@ -67,6 +67,7 @@ class RedisServer:
             "appendonly": "yes",
             "appendfsync": "everysec",
             "aof-use-rdb-preamble": "yes",
+            "auto-aof-rewrite-min-size": "256mb",  # at 64 MB a backlog has it rewritten every 2 s, a second of CPU each
             "save": "",
             "maxmemory-policy": "noeviction",
             "daemonize": "no",

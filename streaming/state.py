@@ -63,8 +63,8 @@ _COMMIT = """
 local c = redis.call('HGET', KEYS[1], 'next') or '0'
 if c ~= ARGV[1] then return c end
 local kv = {}
-for i = 2, #KEYS do kv[#kv + 1] = KEYS[i]; kv[#kv + 1] = ARGV[i + 3] end
-if #kv > 0 then redis.call('MSET', unpack(kv)) end
+for i = 2, #KEYS do kv[2 * i - 3] = KEYS[i]; kv[2 * i - 2] = ARGV[i + 3] end
+if #KEYS > 1 then redis.call('MSET', unpack(kv)) end
 redis.call('HSET', KEYS[1], 'next', ARGV[2], 'marks', ARGV[3], 'cluster', ARGV[4])
 return 'ok'
 """
