@@ -193,9 +193,13 @@ def _reasons(items: Items, channels: list[int], own: I64) -> list[str]:
     newest = int(own[0]) if len(own) else -1
     title = items.title(newest) if newest >= 0 else ""
     texts = {
-        POPULAR_NOW: "Chosen most in the last minutes", POPULAR: "Chosen most of late", RECENT: "You have been here before", FRESH: "New here",
-        TRANSITION: f"Often chosen after {title}", VECTOR: "Close to what you chose lately" if title else "Chosen most of late",
-    }  # fmt: skip
+        POPULAR_NOW: "Chosen most in the last minutes",
+        POPULAR: "Chosen most of late",
+        RECENT: "You have been here before",
+        FRESH: "New here",
+        TRANSITION: f"Often chosen after {title}",
+        VECTOR: "Close to what you chose lately" if title else "Chosen most of late",
+    }
     return [texts.get(channel, "Chosen most today") for channel in channels]
 
 
