@@ -153,8 +153,9 @@ class Factors:
     def decayed_embeddings(self, items: U64, times: F64, lengths: I64, now: F64, picked: I64) -> F16:
         """Return f16[k, 2, 64] of the users `picked` i64[k]: means of their items' vectors, the older the lighter.
 
-        Weights 2^-(age / H), H = 1 h and 30 d, with ages counted from the user's newest entry. items u64[u, h] and times f64[u, h] (s), of which the first lengths i64[u] count; now f64[u]. Items without a  # noqa: E501
-        row count nothing; zeros where none has one. A cache, never the truth.
+        Weights 2^-(age / H), H = 1 h and 30 d, with ages counted from the user's newest entry. items u64[u, h] and
+        times f64[u, h] (s), of which the first lengths i64[u] count; now f64[u]. Items without a row count nothing;
+        zeros where none has one. A cache, never the truth.
         """
         out = np.zeros((len(picked), len(HALF_LIVES), DIM), np.float32)
         if self.rows.n:
