@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import psutil
 
-from infra.process import Process
+from infra.process import Process, free_port
 from infra.settings import Settings
 from infra.stack import Stack, make_topics
 from streaming.events import Click, encode
@@ -110,11 +111,21 @@ def _stack(*processes: str) -> Iterator[Stack]:
     """Yield a private stack that is ready, of all processes or of some, in a folder that is deleted."""
     with tempfile.TemporaryDirectory(prefix="freshet-bench-", ignore_cleanup_errors=True) as folder:
         settings = Settings.load(
-            folder, running=False, namespace=f"bench-{uuid.uuid4().hex[:8]}", host="127.0.0.1", admin_key="", workers=1,
-            consumer="chunks",
+            folder, running=False, namespace=f"bench-{uuid.uuid4().hex[:8]}", host="127.0.0.1", port=free_port(),
+            admin_key="", workers=1, consumer="chunks",
         )  # fmt: skip
         with Stack(settings, **({"processes": processes} if processes else {})) as stack:  # type: ignore[arg-type]
+            if "api" in stack.children:
+                _must_be_ours(stack)
             yield stack
+
+
+def _must_be_ours(stack: Stack) -> None:
+    """Raise BenchError where another API answers at our address: two stacks that start at once may take one port."""
+    with urllib.request.urlopen(f"{stack.api}/-/settings", timeout=5) as answer:
+        told = {row["name"]: row["value"] for row in json.load(answer)}
+    if told["namespace"] != stack.settings.namespace:
+        raise BenchError(f"{stack.api} is the API of namespace {told['namespace']}, not of this bench: start again")
 
 
 # -- ingest -----------------------------------------------------------------------------------------------------------
