@@ -346,7 +346,7 @@ class Stack:
 
         def ready() -> bool:
             if name == "api":
-                return _api_ready(self.api)
+                return _marked(mark, process.pid) and _api_ready(self.api)  # another API may have our port
             return _marked(mark, process.pid) or time.monotonic() - process.started_at > 10
 
         return Child(process, start, ready)

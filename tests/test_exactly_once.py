@@ -84,7 +84,7 @@ async def test_killed_thrice_counts_are_exact_and_rebuild_is_identical(
 
 async def exactly_once(client: Redis, kafka: str, redis_url: str, namespace: str, tmp_path: Path, form: str) -> None:
     topics, keys = Topics(namespace), Keys(namespace)
-    settings = Settings.load(tmp_path, env={}, kafka=kafka, redis=redis_url, namespace=namespace, consumer=form)
+    settings = Settings.load(tmp_path, env={}, kafka=kafka, redis=redis_url, namespace=namespace, consumer=form, port=0)
     events = stream(1)
     with Stack(settings, processes=("users", "items", "api")) as stack:
         publishing = asyncio.create_task(publish(stack.api, kafka, topics, events[: EVENTS // 2], 0.05))
