@@ -18,7 +18,7 @@ Make = Callable[[], tuple[int, bytes, bytes]]
 """Encodes one impression as (partition, key, value), after its answer was sent."""
 
 BATCH: Final = 100
-GATHER_S: Final = 0.005
+GATHER_S: Final = 0.02
 _BACK_OFF_S: Final = 0.5
 
 log = logging.getLogger("freshet.serving")

@@ -29,6 +29,8 @@ Seek = Callable[[set[TP]], Awaitable[dict[TP, int]]]
 """Says where to go on for those of the assigned partitions whose offsets are held elsewhere than in Kafka."""
 
 QUEUED_CHUNKS = 64
+GATHER_S = 0.003
+"""Wait for the other partitions' chunks: most of a small micro-batch's cost is its round trips, s."""
 
 
 @dataclass(slots=True)
@@ -124,6 +126,7 @@ class ChunkStream(Stream):  # type: ignore[misc]
             try:
                 if not rest:
                     rest.append(await queue.get())
+                    await asyncio.sleep(GATHER_S)
                 while not queue.empty() and sum(len(chunk.records) for chunk in rest) < limit:
                     rest.append(queue.get_nowait())
             except StopAsyncIteration:  # thrown in at shutdown
