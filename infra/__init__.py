@@ -13,8 +13,7 @@ Files, the lowest first:
     replaying        `freshet replay` in the terminal
     replaying_live   the same log through a private stack
     inspecting       `freshet rebuild` and `dead-letters` in the terminal
-    bench            what `freshet bench` measures
-    load             its load, from a process of its own
+    proving/         bench: what measures and proves the rest
     terminal         how the command line speaks: shared options, errors, JSON
     cli              the console command: imports everything else, lazily
 """

@@ -76,7 +76,7 @@ def _explains_itself(error: Exception) -> bool:
     known = (("infra.stack", "StackError"), ("infra.kafka", "KafkaError"), ("infra.store", "StoreError"),
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
              ("streaming.replay", "ReplayError"), ("streaming.rebuild", "RebuildError"),
-             ("infra.bench", "BenchError"))  # fmt: skip
+             ("infra.proving.bench", "BenchError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
     return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
 
@@ -275,7 +275,7 @@ def bench(
       freshet bench                              all three, about four minutes
       freshet bench lookup --seconds 20 --json
     """
-    from infra.bench import WHAT, bench_for_people, show
+    from infra.proving.bench import WHAT, bench_for_people, show
 
     chosen = [name for name in WHAT if name in (what or WHAT)]
     if unknown := set(what or ()) - set(WHAT):

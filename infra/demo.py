@@ -1,7 +1,7 @@
 """`freshet demo` and `freshet simulate`: simulated people on a stack, and the live table in the terminal.
 
-Composition only: the people are streaming.simulate's, the processes infra.stack's. It knows nothing about how anything
-is learnt.
+Composition only: the people are streaming.simulation's, the processes infra.stack's. It knows nothing about how
+anything is learnt.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from infra.process import folder_lock
 from infra.settings import Settings
 from infra.stack import Stack, StackError
-from streaming.simulate import Api, ApiError, Simulation, inlet_sender
+from streaming.simulation.people import Api, ApiError, Simulation, inlet_sender
+from streaming.simulation.world import World
 from streaming.state import StoreError, StoreUnavailable, append_metrics, connect, live_keys, read_metrics
 from streaming.topics import Log, Topics
-from streaming.world import World
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -254,9 +254,6 @@ def unknown_item(item_id: str) -> Problem:
 
 def _listed(live: Live, found: list[tuple[int, float]], degraded: bool, channel: str, *, narrowed: bool) -> Response:
     ids = live.items.ids
-    items = [
-        Served(ids[row], round(score, 8), channel, "", *_named(live, row))
-        for row, score in found
-    ]
+    items = [Served(ids[row], round(score, 8), channel, "", *_named(live, row)) for row, score in found]
     reason = UNSET if items else why_empty(live, narrowed=narrowed)
     return json_response(ItemsAnswer(items, degraded, reason))

@@ -1,15 +1,42 @@
-"""Reading the dead letters: what could not be folded, each once, with its reason and original bytes.
+"""Dead letters: what could not be folded, each once, with its reason and original bytes.
 
 A letter may lie in the topic more than once, for delivery is at least once; its source position is its name.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Sequence
+
 import msgspec
 
 from infra.settings import Settings
-from streaming.rebuild import read_topic, topic_end
-from streaming.topics import Topics
+from streaming.learn import Dead
+from streaming.topics import Log, Record, Topics, read_topic, topic_end
+
+log = logging.getLogger(__name__)
+
+
+class DeadLetters:
+    """Appends what cannot be read to `dead-letters`, with its source position, reason and original bytes."""
+
+    def __init__(self, log_: Log, topics: Topics) -> None:
+        self._log, self._topics = log_, topics
+
+    async def send(self, dead: Sequence[Dead]) -> None:
+        """Append and wait for the acknowledgement."""
+        records: list[Record] = [
+            (0, f"{d.topic}:{d.partition}:{d.offset}".encode(), msgspec.msgpack.encode({
+                "topic": d.topic, "partition": d.partition, "offset": d.offset, "reason": d.reason,
+                "original": d.original[:256 * 1024], "at": time.time(),
+            }))
+            for d in dead
+        ]  # fmt: skip
+        for letter in dead:
+            log.warning("dead letter %s[%d]@%d: %s", letter.topic, letter.partition, letter.offset, letter.reason)
+        if records:
+            await self._log.append(self._topics.dead_letters, records)
 
 
 class Letter(msgspec.Struct):

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import msgspec
 import numpy as np
-from aiokafka import AIOKafkaConsumer
-from aiokafka import TopicPartition as Partition
 
 from infra.settings import Settings
 from models.examples import CodecError, Entries, accept
 from models.items import Items
 from models.rows import Rows
-from streaming.agents import ItemAgent, topics_of
+from streaming.agents import topics_of
 from streaming.events import EventError, Weights, decode_item, item_key
+from streaming.item_agent import ItemAgent
 from streaming.learn import UserFold, decode_part, users_of
 from streaming.state import (
     ItemStore,
@@ -37,7 +36,7 @@ from streaming.state import (
     live_keys,
     read_metrics,
 )
-from streaming.topics import Topics, preflight
+from streaming.topics import Topics, end_offsets, preflight, read_topic, topic_end
 from streaming.trainer import StepRecord, Trainer
 
 BATCH: Final = 1000
@@ -84,7 +83,7 @@ async def rebuild(settings: Settings, *, advance: Advance, switch: bool = False)
         keys, began = Keys(live.namespace, live.generation + 1), time.monotonic()
         await wipe(client, keys)
         report = Report(keys.generation)
-        ends = await end_offsets(settings.kafka, topics)
+        ends = await log_ends(settings.kafka, topics)
         users = RedisUserStore(client, keys)
         await fold_users(
             settings, users, {p: ends[topics.events, p] for p in range(topics.partitions)}, report, advance, cluster
@@ -155,54 +154,10 @@ async def _age_s(client: Redis, curve: str) -> float:
     return seconds + micros / 1e6 - int(points[0][0].split("-")[0]) / 1000 if points else float("inf")
 
 
-async def end_offsets(kafka: str, topics: Topics) -> dict[tuple[str, int], int]:
+async def log_ends(kafka: str, topics: Topics) -> dict[tuple[str, int], int]:
     """Return the end of each partition of the log, `examples` and `items`."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka)
-    await consumer.start()
-    try:
-        wanted = [Partition(topics.events, p) for p in range(topics.partitions)]
-        wanted += [Partition(topics.examples, 0), Partition(topics.items, 0)]
-        return {(tp.topic, tp.partition): end for tp, end in (await consumer.end_offsets(wanted)).items()}
-    finally:
-        await consumer.stop()
-
-
-async def topic_end(kafka: str, topic: str) -> int:
-    """Return the end of a topic of one partition."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka)
-    await consumer.start()
-    try:
-        (end,) = (await consumer.end_offsets([Partition(topic, 0)])).values()
-        return int(end)
-    finally:
-        await consumer.stop()
-
-
-async def read_topic(kafka: str, topic: str, ends: dict[int, int]) -> AsyncIterator[tuple[int, list[Any]]]:
-    """Yield (partition, records) of a topic from offset 0 up to, not including, `ends`."""
-    left = {Partition(topic, p): end for p, end in ends.items() if end > 0}
-    if not left:
-        return
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=kafka,
-        auto_offset_reset="earliest",
-        fetch_max_bytes=8 << 20,
-        max_partition_fetch_bytes=2 << 20,
-    )
-    await consumer.start()
-    try:
-        consumer.assign(list(left))
-        for tp in left:
-            consumer.seek(tp, 0)
-        while left:
-            for tp, records in (await consumer.getmany(*left, timeout_ms=1000)).items():
-                wanted = [record for record in records if record.offset < left[tp]]
-                if wanted:
-                    yield tp.partition, wanted
-                if records[-1].offset >= left[tp] - 1:
-                    del left[tp]
-    finally:
-        await consumer.stop()
+    ends = await end_offsets(kafka, {topics.events: topics.partitions, topics.examples: 1, topics.items: 1})
+    return {(topic, partition): end for topic, found in ends.items() for partition, end in enumerate(found)}
 
 
 async def fold_users(

@@ -12,7 +12,7 @@ import binascii
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -144,6 +144,44 @@ async def end_offsets(bootstrap: str, partitions: dict[str, int]) -> dict[str, l
     finally:
         await consumer.stop()
     return {name: [ends[TopicPartition(name, p)] for p in range(count)] for name, count in partitions.items()}
+
+
+async def topic_end(bootstrap: str, topic: str) -> int:
+    """Return the end of a topic of one partition."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    await consumer.start()
+    try:
+        (end,) = (await consumer.end_offsets([TopicPartition(topic, 0)])).values()
+        return int(end)
+    finally:
+        await consumer.stop()
+
+
+async def read_topic(bootstrap: str, topic: str, ends: dict[int, int]) -> AsyncIterator[tuple[int, list[Any]]]:
+    """Yield (partition, records) of a topic from offset 0 up to, not including, `ends`."""
+    left = {TopicPartition(topic, p): end for p, end in ends.items() if end > 0}
+    if not left:
+        return
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=bootstrap,
+        auto_offset_reset="earliest",
+        fetch_max_bytes=8 << 20,
+        max_partition_fetch_bytes=2 << 20,
+    )
+    await consumer.start()
+    try:
+        consumer.assign(list(left))
+        for tp in left:
+            consumer.seek(tp, 0)
+        while left:
+            for tp, records in (await consumer.getmany(*left, timeout_ms=1000)).items():
+                wanted = [record for record in records if record.offset < left[tp]]
+                if wanted:
+                    yield tp.partition, wanted
+                if records[-1].offset >= left[tp] - 1:
+                    del left[tp]
+    finally:
+        await consumer.stop()
 
 
 async def preflight(bootstrap: str, topics: Topics) -> str:

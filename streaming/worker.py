@@ -22,21 +22,13 @@ from models.items import Items
 from models.profile import Profiles
 from models.rows import Rows
 from streaming import consumer
-from streaming.agents import (
-    ItemAgent,
-    Progress,
-    UserAgent,
-    attach,
-    inlet_agents,
-    leave,
-    report,
-    topics_of,
-    watch,
-)
+from streaming.agents import UserAgent, attach, inlet_agents, topics_of
 from streaming.embeddings import LiveEmbeddings
 from streaming.events import Click, Weights, encode
+from streaming.item_agent import ItemAgent
 from streaming.learn import UserFold, decode_part
 from streaming.state import ItemStore, MemoryUserStore, RedisUserStore, connect, live_keys
+from streaming.supervision import Progress, leave, report, watch
 from streaming.topics import Log, TopicsError, preflight
 
 log = logging.getLogger(__name__)

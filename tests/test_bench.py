@@ -15,7 +15,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra import bench, load
+from infra.proving import bench, load
 from streaming.events import Click, decode
 from streaming.topics import partition_of
 
@@ -116,7 +116,7 @@ async def api() -> AsyncIterator[str]:
 async def test_the_generator_sends_its_schedule_and_counts_errors(api: str) -> None:
     words = ["lookup", "--api", api, "--seconds", "1", "--rate", "60", "--events", "40"]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "infra.load", *words, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "infra.proving.load", *words, cwd=ROOT, stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     found = json.loads(out)

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from infra.cli import app
 from infra.settings import Settings
-from streaming.agents import DeadLetters, InletAgent
+from streaming.agents import InletAgent
 from streaming.consumer import TP
-from streaming.dead_letters import Letter, letters
+from streaming.dead_letters import DeadLetters, Letter, letters
 from streaming.learn import Dead
 from streaming.topics import Log, Topics
 

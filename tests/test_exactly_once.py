@@ -18,7 +18,7 @@ from infra.settings import Settings
 from infra.stack import Stack
 from models.examples import item_hash
 from models.profile import unpack
-from streaming.rebuild import RebuildError, end_offsets, rebuild, refuse_while_workers_run, verify
+from streaming.rebuild import RebuildError, log_ends, rebuild, refuse_while_workers_run, verify
 from streaming.state import ItemStore, Keys, Redis, RedisUserStore, connect, read_user
 from streaming.topics import Log, Topics, partition_of
 
@@ -59,7 +59,7 @@ async def drained(client: Redis, keys: Keys, kafka: str, topics: Topics, events:
     """Wait until every accepted event is folded into profiles, and every entry into item rows."""
     store, deadline = RedisUserStore(client, keys), time.monotonic() + 60
     while time.monotonic() < deadline:
-        ends = await end_offsets(kafka, topics)
+        ends = await log_ends(kafka, topics)
         reads = await store.read({p: [] for p in range(topics.partitions)})
         total = sum(ends[topics.events, p] for p in range(topics.partitions))
         done = all(read.applied == ends[topics.events, p] for p, read in reads.items()) and total >= events
@@ -93,7 +93,7 @@ async def exactly_once(client: Redis, kafka: str, redis_url: str, namespace: str
             stack.kill("users-0")
         await publishing
         await drained(client, keys, kafka, topics, EVENTS // 2)
-        before = (await end_offsets(kafka, topics))[topics.examples, 0]
+        before = (await log_ends(kafka, topics))[topics.examples, 0]
         await client.execute_command("CLIENT", "PAUSE", "20000", "WRITE")
         publishing = asyncio.create_task(publish(stack.api, kafka, topics, events[EVENTS // 2 :], 0.02))
         await kill_between_produce_and_commit(stack, client, kafka, topics, before)
@@ -116,7 +116,7 @@ async def kill_between_produce_and_commit(stack: Stack, client: Redis, kafka: st
     """With writes to Redis held, wait until the worker appended to `examples`; kill it before its commit is done."""
     try:
         deadline = time.monotonic() + 15
-        while (await end_offsets(kafka, topics))[topics.examples, 0] == before:
+        while (await log_ends(kafka, topics))[topics.examples, 0] == before:
             assert time.monotonic() < deadline, "the worker appended nothing to examples"
             await asyncio.sleep(0.05)
         stack.kill("users-0")

@@ -16,8 +16,8 @@ import pytest
 
 from infra.settings import Settings
 from infra.stack import Stack
-from streaming.simulate import Api, catalogue_entry, item_id
-from streaming.world import World
+from streaming.simulation.people import Api, catalogue_entry, item_id
+from streaming.simulation.world import World
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from streaming.agents import STALLED_S, TURN_S, Progress
 from streaming.consumer import TP
+from streaming.supervision import STALLED_S, TURN_S, Progress
 
 A, B, INLET = TP("fr.events", 0), TP("fr.events", 1), TP("fr.clicks", 0)
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streaming import titles
+from streaming.simulation import titles
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from streaming.scorecard import Scorecard, play
-from streaming.world import Outcome, Rows, World, visits
+from streaming.simulation.scorecard import Scorecard, play
+from streaming.simulation.world import Outcome, Rows, World, visits
 
 
 def make(seed: int = 1, users: int = 60, items: int = 600) -> World:

@@ -1,8 +1,8 @@
 """The load generator of `freshet bench`: a process of its own, so that its cost is not taken from what it measures.
 
-    python -m infra.load lookup    --api URL --seconds 60 --rate 200 --events 200
-    python -m infra.load freshness --api URL --kafka HOST:PORT --topic NAME --seconds 40
-    python -m infra.load consume   --kafka HOST:PORT --topic NAME --partitions 8
+    python -m infra.proving.load lookup    --api URL --seconds 60 --rate 200 --events 200
+    python -m infra.proving.load freshness --api URL --kafka HOST:PORT --topic NAME --seconds 40
+    python -m infra.proving.load consume   --kafka HOST:PORT --topic NAME --partitions 8
 
 Open loop: arrivals follow a Poisson schedule drawn beforehand, whatever the answers do, and every latency counts from
 the *scheduled* arrival, so that a server that stalls cannot slow its own load down and look well. A generator that is
@@ -358,7 +358,7 @@ async def consume(options: argparse.Namespace) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the options of this process."""
-    made = argparse.ArgumentParser(prog="python -m infra.load", description="Load generator of `freshet bench`.")
+    made = argparse.ArgumentParser("python -m infra.proving.load", description="Load generator of `freshet bench`.")
     made.add_argument("what", choices=("lookup", "freshness", "consume"))
     for name in ("api", "kafka", "topic"):
         made.add_argument(f"--{name}", default="")

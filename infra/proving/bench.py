@@ -2,8 +2,8 @@
 
 Each figure stands beside a floor measured in the same run by the simplest thing that could do the same: a consumer that
 reads the backlog and drops it, a route that answers nothing, a bare record through Kafka. So a slow or busy machine
-shows in both. Composition only: the load comes from `infra.load` in a process of its own, and nothing here knows how
-events are folded or slates found.
+shows in both. Composition only: the load comes from `infra.proving.load` in a process of its own, and nothing here
+knows how events are folded or slates found.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def _load_process(stack: Stack, words: list[str], seconds: float, name: str, adv
     """Run the load generator against a stack and return what it found; raises BenchError with its last words."""
     path = stack.data / "logs" / f"load-{uuid.uuid4().hex[:8]}.log"
     sizes = ["--users", str(USERS), "--items", str(ITEMS), "--partitions", str(stack.settings.partitions)]
-    command = [sys.executable, "-P", "-m", "infra.load", *words, "--api", stack.api, *sizes]
+    command = [sys.executable, "-P", "-m", "infra.proving.load", *words, "--api", stack.api, *sizes]
     process, began = Process("load", command, log=path), time.monotonic()
     process.start()
     try:

@@ -18,10 +18,10 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from streaming import titles
-from streaming.scorecard import Lead, Means, Scorecard
+from streaming.simulation import titles
+from streaming.simulation.scorecard import Lead, Means, Scorecard
+from streaming.simulation.world import Outcome, Rows, Visit, World, visits
 from streaming.topics import Log, Topics, partition_of
-from streaming.world import Outcome, Rows, Visit, World, visits
 
 N: Final = 10
 INLET_EVERY: Final = 5  # every fifth person publishes through the inlets

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from streaming.world import Floats, Outcome, Rows, World, visits
+from streaming.simulation.world import Floats, Outcome, Rows, World, visits
 
 BOOTSTRAP = 1000
 

@@ -1,0 +1,9 @@
+"""A simulated world and its people; knows nothing of how slates are made.
+
+Files:
+
+    world      users with known, drifting tastes, and items that appear and age
+    titles     titles for its items
+    people     its users acting through the public API: the demo
+    scorecard  what its slates were worth: ours, popular, oracle, paired
+"""
