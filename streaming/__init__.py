@@ -3,6 +3,7 @@
 Files in the order in which one event travels through them:
 
     events       event structs: one schema for HTTP, Kafka and replay
+    kafka/       Kafka's protocol and clients, where aiokafka's own do not do
     topics       topic names and specs, partitioner, position tokens, the log writer
     consumer     Faust's consumer, in chunks; the only importer of faust
     agents       the agents of inlets and log, a few lines each

@@ -22,6 +22,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, for_code
 from aiokafka.partitioner import murmur2
 
+from streaming.kafka.metadata import MetadataOf, uuid_text
+
 log = logging.getLogger(__name__)
 
 INLETS: Final = ("clicks", "dwells", "ratings", "actions", "views")
@@ -119,19 +121,39 @@ async def create_topics(bootstrap: str, topics: Topics) -> None:
 
 
 async def describe(bootstrap: str, names: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
-    """Return (cluster id, topic -> (partitions, topic id or '')); a missing topic has 0 partitions."""
+    """Return (cluster id, topic -> (partitions, topic id)); a missing topic has 0 partitions. Needs Kafka 2.8."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
     try:
-        cluster = (await admin.describe_cluster())["cluster_id"]
-        described = await admin.describe_topics(list(names))
-        found = {
-            str(t["topic"]): (len(t["partitions"]) if t["error_code"] == 0 else 0, str(t.get("topic_id") or ""))
-            for t in described
-        }
+        answer = await admin._send_request(MetadataOf(names))
     finally:
         await admin.close()
-    return str(cluster), {name: found.get(name, (0, "")) for name in names}
+    found = {name: (0 if code else len(places), uuid_text(uuid)) for code, name, uuid, _, places, *_ in answer.topics}
+    return str(answer.cluster_id), {name: found.get(name, (0, "")) for name in names}
+
+
+async def epoch(bootstrap: str, topics: Topics) -> str:
+    """Return what state was folded from: `<cluster id>/<partitions>/<ids of events, examples, items>`.
+
+    A topic that is deleted and made again keeps its name and begins again at offset 0, under another id. Raises
+    TopicsError where a topic is missing.
+    """
+    names = [topics.events, topics.examples, topics.items]
+    cluster, found = await describe(bootstrap, names)
+    if missing := [name for name, (partitions, _) in found.items() if not partitions]:
+        raise TopicsError(f"no such topic: {', '.join(missing)}. `freshet up` creates the topics of a namespace.")
+    return "/".join([cluster, str(found[topics.events][0]), *(found[name][1] for name in names)])
+
+
+def moved(stored: str, now: str) -> str:
+    """Return what differs between the epoch that state was folded from and today's, "" where nothing does.
+
+    Version 0.1 wrote the cluster and the partitions only: what it did not write is not compared.
+    """
+    names = ("another cluster", "another number of partitions", "`events` was made again", "`examples` was made again",
+             "`items` was made again")  # fmt: skip
+    pairs = zip(names, stored.split("/"), now.split("/"), strict=False)
+    return "; ".join(f"{what} (was {a}, is {b})" for what, a, b in pairs if stored and a != b)
 
 
 async def end_offsets(bootstrap: str, partitions: dict[str, int]) -> dict[str, list[int]]:
