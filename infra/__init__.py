@@ -12,6 +12,7 @@ Files, the lowest first:
     demo             `freshet demo` and `simulate` in the terminal
     replaying        `freshet replay` in the terminal
     replaying_live   the same log through a private stack
+    access           `freshet keys` in the terminal
     inspecting       `freshet rebuild` and `dead-letters` in the terminal
     proving/         bench: what measures and proves the rest
     terminal         how the command line speaks: shared options, errors, JSON

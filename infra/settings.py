@@ -146,6 +146,7 @@ def _setting(default: Any, parse: Callable[[object], Any], text: str, *, secret:
     return field(default=default, metadata={"help": text, "parse": parse, "secret": secret})
 
 
+_ORIGINS = r"|https?://[^\s,/]+(,https?://[^\s,/]+)*"
 _HOST_PORT = r"|[^\s:/]+:\d{1,5}(,[^\s:/]+:\d{1,5})*"
 
 
@@ -172,9 +173,19 @@ class Settings:
     cache: str = _setting(
         "", _text, "Folder of the broker's jars and archive, shared by all stacks; empty: freshet in the user's cache."
     )
-    host: str = _setting("127.0.0.1", _text, "Address the API binds; anything but loopback needs `admin_key`.")
+    host: str = _setting("127.0.0.1", _text, "Address the API binds; anything but loopback needs a key.")
     port: int = _setting(8000, _int(0, 65535), "Port of the API; `up` takes the next free one. 0: any.")
-    admin_key: str = _setting("", _text, "Key that every route but health asks for off loopback.", secret=True)
+    admin_key: str = _setting(
+        "", _text, "A key with every scope, without a file; off loopback one is needed.", secret=True
+    )
+    keys: str = _setting(
+        "", _text, "File of API keys that `freshet keys` writes; empty: keys.json of the data folder, once it is there."
+    )
+    cors: str = _setting(
+        "",
+        _matching(_ORIGINS, "origins such as https://shop.example, several separated by commas"),
+        "Origins of web pages that may call the API from a browser, separated by commas; empty: none.",
+    )
     partitions: int = _setting(8, _int(1, 1024), "Partitions of the inlets and of `events`; fixed for a namespace.")
     workers: int = _setting(1, _int(1, 64), "Worker processes that `up` starts for the user agents.")
     worker_slot: int = _setting(0, _int(0, 65535), "Slot of this worker: its static group membership.")
@@ -248,6 +259,16 @@ class Settings:
     def data_path(self) -> Path:
         """The data folder."""
         return Path(self.data)
+
+    @property
+    def keys_path(self) -> Path:
+        """The file of API keys."""
+        return Path(self.keys) if self.keys else self.data_path / "keys.json"
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins of `cors`."""
+        return tuple(self.cors.split(",")) if self.cors else ()
 
     @property
     def cache_path(self) -> Path:

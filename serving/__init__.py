@@ -5,7 +5,8 @@ Files, from the door inwards:
     app          builds the application and owns its resources
     api          the routes
     doors        what a route is, and its OpenAPI description
-    guard        limits and the admin key, before any route
+    guard        who may ask: Host, Origin, key and rate, before any route
+    keys         API keys: their file, their scopes, their rates
     messages     what comes in and goes out, and how it is refused
     ingest       events and catalogue entries -> the log
     lookup       a slate, similar, popular

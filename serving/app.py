@@ -28,8 +28,9 @@ from models.recommend import Request as Ask
 from serving import live as page
 from serving.api import doors
 from serving.doors import mount
-from serving.guard import Guard, check_binding
+from serving.guard import SECURITY_HEADERS, BindingError, Guard, check_binding
 from serving.introspect import not_ready
+from serving.keys import KeyRing, KeysError
 from serving.messages import Problem, problem_response
 from serving.parts import Parts
 from serving.slates import Impressions
@@ -46,9 +47,8 @@ log = logging.getLogger("freshet.serving")
 def create_app(settings: Settings) -> FastAPI:
     """Return the application for these settings; its lifespan opens and closes every resource.
 
-    Raises BindingError where it would listen beyond this machine without an admin key.
+    Raises BindingError where it would listen beyond this machine without any key, KeysError where their file is bad.
     """
-    check_binding(settings.host, settings.admin_key)
     parts = create_parts(settings)
 
     @contextlib.asynccontextmanager
@@ -64,12 +64,14 @@ def create_app(settings: Settings) -> FastAPI:
     mount(app, doors(parts, app))
     app.router.routes.extend(page.routes(page.live_of(parts)))
     app.add_exception_handler(Exception, _failed)
-    app.add_middleware(Guard, host=settings.host, admin_key=settings.admin_key)
+    app.add_middleware(Guard, host=settings.host, ring=parts.ring, origins=settings.origins)
     return app
 
 
 def create_parts(settings: Settings) -> Parts:
-    """Return the parts of one API process, not yet connected."""
+    """Return the parts of one API process, not yet connected; raises BindingError, KeysError."""
+    ring = KeyRing(settings.keys_path, settings.admin_key, must_exist=bool(settings.keys))
+    check_binding(settings.host, has_key=bool(settings.admin_key or ring.keys))
     topics = Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
     telemetry, producer = Telemetry(), Log(settings.kafka)
     counted = {"appended": 0, "dropped": 0, "failed": 0}
@@ -86,6 +88,7 @@ def create_parts(settings: Settings) -> Parts:
         topics=topics,
         log=producer,
         telemetry=telemetry,
+        ring=ring,
         snapshot=Snapshot(
             connect(settings.redis, timeout=LOOKUP_TIMEOUT_S), connect(settings.redis),
             namespace=settings.namespace, require_catalogue=settings.require_catalogue,
@@ -183,7 +186,10 @@ async def _tell_ready(parts: Parts) -> None:
 
 async def _failed(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return problem_response(Problem(500, "this server", "an answer", type(error).__name__, do="see the server's log"))
+    name = type(error).__name__  # this answer is made outside of the guard, which would add the headers
+    return problem_response(
+        Problem(500, "this server", "an answer", name, do="see the server's log", headers=SECURITY_HEADERS)
+    )
 
 
 def run(settings: Settings) -> None:
@@ -192,8 +198,13 @@ def run(settings: Settings) -> None:
     Ends with EXIT_FOR_GOOD where Kafka answers and its topics are not those expected.
     """
     configure_logging(settings.log_level)
+    try:
+        app = create_app(settings)
+    except (BindingError, KeysError) as error:
+        log.critical("%s", error)
+        raise SystemExit(EXIT_FOR_GOOD) from None
     config = uvicorn.Config(
-        create_app(settings), host=settings.host, port=settings.port, loop="uvloop", http="httptools", ws="none",
+        app, host=settings.host, port=settings.port, loop="uvloop", http="httptools", ws="none",
         access_log=False, log_config=None, timeout_graceful_shutdown=3, server_header=False, date_header=False,
         backlog=1024,
     )  # fmt: skip

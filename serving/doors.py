@@ -23,10 +23,12 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _STATUS: Final = {
-    403: "Not for this Host, Origin or caller.",
+    401: "No key, or nobody's.",
+    403: "Not for this Host, Origin or key.",
     404: "Not known here.",
     413: "The body is over 1 MB.",
     422: "Something is not as expected; the answer says where.",
+    429: "Too much at once; Retry-After says when to come again.",
     503: "A part is not reachable; the answer says which.",
 }
 
@@ -98,6 +100,9 @@ def _operation(door: Door) -> str:
     return f"{door.method.lower()}{re.sub(r'[^a-z0-9]+', '_', door.path.lower())}".strip("_")
 
 
+_POLICY: Final = (
+    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b2530}
 details{border:1px solid #d8dee4;border-radius:8px;margin:.5rem 0;padding:.5rem .8rem}
@@ -124,7 +129,8 @@ def docs_page(document: dict[str, Any]) -> HTMLResponse:
     return HTMLResponse(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title} API</title><style>{_STYLE}</style>"
         f"<h1>{title} API</h1><p>{html.escape(document['info'].get('description', ''))} "
-        f"The same as <a href='/openapi.json'>OpenAPI</a>.</p>{body}<h2>schemas</h2>{schemas}</html>"
+        f"The same as <a href='/openapi.json'>OpenAPI</a>.</p>{body}<h2>schemas</h2>{schemas}</html>",
+        headers={"Content-Security-Policy": _POLICY},
     )
 
 

@@ -1,25 +1,40 @@
-"""Who may ask: an ASGI wrapper that checks the Host, the Origin and, where one is needed, the admin key.
+"""Who may ask: an ASGI wrapper that checks Host, Origin and key, keeps the rates, and puts safe headers on each answer.
 
-Knows nothing about routes but which ones need no key.
+Knows nothing about routes but which scope of a key opens which.
 """
 
 from __future__ import annotations
 
-import hmac
+import base64
+import binascii
 import ipaddress
+import math
 from typing import Final
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.keys import Key, KeyRing
 from serving.messages import Problem, problem_response
 
 OPEN: Final = frozenset({"/health/live", "/health/ready"})
+SECURITY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+"""On every answer that does not say otherwise itself (the pages do)."""
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_READ: Final = ("/v1/recommendations/", "/v1/similar/", "/v1/items/")
+_CORS_METHODS: Final = "GET, POST, PUT, DELETE"
+_CORS_HEADERS: Final = "authorization, content-type, x-api-key"
+_CORS_AGE_S: Final = "600"
 
 
 class BindingError(ValueError):
-    """The API was told to listen beyond this machine without an admin key."""
+    """The API was told to listen beyond this machine without any key."""
 
 
 def is_loopback(host: str) -> bool:
@@ -32,13 +47,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_binding(host: str, admin_key: str) -> None:
-    """Raise BindingError where `host` is not loopback and no admin key is set."""
-    if not is_loopback(host) and not admin_key:
+def check_binding(host: str, *, has_key: bool) -> None:
+    """Raise BindingError where `host` is not loopback and there is no key."""
+    if not is_loopback(host) and not has_key:
         raise BindingError(
-            f"host: expected a loopback address or a set admin key, got {host!r} and none; "
-            "set FRESHET_ADMIN_KEY to a long random text, or bind to 127.0.0.1"
+            f"host: expected a loopback address or a key, got {host!r} and none; "
+            "`freshet keys add NAME --scope admin` makes one (or set FRESHET_ADMIN_KEY to a long random text), "
+            "or bind to 127.0.0.1"
         )
+
+
+def scope_of(method: str, path: str) -> str:
+    """Return the scope that a request needs. What is not named here needs admin, also what does not exist."""
+    if method == "POST" and path == "/v1/events":
+        return "publish"
+    reads = method in ("GET", "HEAD") and (path == "/v1/popular" or path.startswith(_READ))
+    if reads or (method == "POST" and path.startswith("/v1/recommendations/")):
+        return "read"
+    return "admin"
 
 
 def _name(host: str) -> str:
@@ -47,45 +73,107 @@ def _name(host: str) -> str:
 
 
 class Guard:
-    """Refuse requests that a browser was tricked into (loopback) or that carry no admin key (elsewhere)."""
+    """Refuse what a browser was tricked into (no keys, loopback), or what carries no key that opens it (keys)."""
 
-    def __init__(self, app: ASGIApp, *, host: str, admin_key: str) -> None:
-        check_binding(host, admin_key)
-        self.app = app
+    def __init__(self, app: ASGIApp, *, host: str, ring: KeyRing, origins: tuple[str, ...] = ()) -> None:
+        self.app, self.ring, self.origins = app, ring, origins
         self.loopback = is_loopback(host)
-        self._key = admin_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        try:
-            scope["freshet.privileged"] = self._check(scope)
-        except Problem as problem:
-            await problem_response(problem)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-    def _check(self, scope: Scope) -> bool:
-        if scope["path"] in OPEN:
-            return False
         headers = Headers(scope=scope)
-        host = headers.get("host", "")
-        if self.loopback:
-            if not is_loopback(_name(host)):
-                raise Problem(403, "header Host", "localhost, 127.0.0.1 or [::1]", repr(host[:80]))
-        elif not self._has_key(headers):
-            raise Problem(
-                401, "header Authorization", "Bearer and the admin key (or X-API-Key)", "none or another",
-                headers={"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
-        origin = headers.get("origin")
-        if origin and scope["method"] not in _SAFE and origin.partition("://")[2] != host:
-            raise Problem(403, "header Origin", f"this server ({host})", repr(origin[:80]))
-        return True
+        answer = self._dressed(send, headers.get("origin", ""))
+        try:
+            early = self._check(scope, headers)
+        except Problem as problem:
+            early = problem_response(problem)
+        if early is not None:
+            await early(scope, receive, answer)
+        else:
+            await self.app(scope, receive, answer)
 
-    def _has_key(self, headers: Headers) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            given = headers.get("x-api-key", "")
-        return hmac.compare_digest(given.strip().encode(), self._key)
+    def _dressed(self, send: Send, origin: str) -> Send:
+        """Put the headers on that every answer carries, and those that let a listed origin read it."""
+
+        async def dressed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+                if self.origins:
+                    headers.add_vary_header("Origin")
+                    if origin in self.origins:
+                        headers["Access-Control-Allow-Origin"] = origin
+                        headers["Access-Control-Expose-Headers"] = "Retry-After"
+            await send(message)
+
+        return dressed
+
+    def _check(self, scope: Scope, headers: Headers) -> Response | None:
+        """Return an answer that needs no route, or None where the request may go on; raises Problem."""
+        self.ring.refresh()
+        guarded = self.ring.found or not self.loopback
+        host, method, path = headers.get("host", ""), scope["method"], scope["path"]
+        scope["freshet.privileged"] = False
+        if path in OPEN:
+            return None
+        if not guarded and not is_loopback(_name(host)):
+            raise Problem(403, "header Host", "localhost, 127.0.0.1 or [::1]", repr(host[:80]))
+        origin = headers.get("origin", "")
+        listed = origin in self.origins
+        if method == "OPTIONS" and "access-control-request-method" in headers:
+            if not listed:
+                raise Problem(403, "header Origin", "an origin of the setting cors", repr(origin[:80]))
+            return _preflight()
+        if guarded:
+            key = self._authorized(scope_of(method, path), headers)
+            scope["freshet.key"], scope["freshet.privileged"] = key, key.opens("admin")
+        else:
+            scope["freshet.privileged"] = True
+        if origin and method not in _SAFE and not listed and origin.partition("://")[2] != host:
+            raise Problem(403, "header Origin", f"this server ({host}), or one of the setting cors", repr(origin[:80]))
+        return None
+
+    def _authorized(self, needed: str, headers: Headers) -> Key:
+        given = _given(headers)
+        key = self.ring.known(given)
+        if key is None:
+            html = "text/html" in headers.get("accept", "")  # a browser then asks for the key as a password
+            raise Problem(
+                401, "header Authorization", "Bearer and a key (or X-API-Key)", "another" if given else "none",
+                headers={"WWW-Authenticate": 'Basic realm="freshet", charset="UTF-8"' if html else "Bearer"},
+            )  # fmt: skip
+        if not key.opens(needed):
+            raise Problem(403, "header Authorization", f"a key with the scope {needed}", f"the key {key.name!r}")
+        if (seconds := self.ring.wait(key)) > 0:
+            raise Problem(
+                429, "rate", f"at most {key.rate:g} objects a second of the key {key.name!r}", "more",
+                do="wait as Retry-After says", headers={"Retry-After": str(math.ceil(seconds))},
+            )  # fmt: skip
+        return key
+
+
+def _given(headers: Headers) -> str:
+    """Return the key that a request carries: Bearer, X-API-Key, or the password of Basic (what a browser sends)."""
+    scheme, _, rest = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return ""
+    return headers.get("x-api-key", "").strip()
+
+
+def _preflight() -> Response:
+    return Response(
+        status_code=204,
+        headers={
+            "Access-Control-Allow-Methods": _CORS_METHODS,
+            "Access-Control-Allow-Headers": _CORS_HEADERS,
+            "Access-Control-Max-Age": _CORS_AGE_S,
+        },
+    )

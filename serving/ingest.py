@@ -99,6 +99,7 @@ def _problem(error: EventError) -> Problem:
 async def post_events(parts: Parts, request: Request) -> Response:
     """POST /v1/events."""
     values, many = objects_of(await read_body(request))
+    parts.ring.charge(request.scope.get("freshet.key"), len(values) - 1)
     now = parts.clock()
     verdicts: list[Verdict] = []
     records: list[Record] = []
@@ -173,6 +174,7 @@ async def _store(parts: Parts, value: msgspec.Raw) -> Response:
 async def post_items(parts: Parts, request: Request) -> Response:
     """POST /v1/items."""
     values, many = objects_of(await read_body(request))
+    parts.ring.charge(request.scope.get("freshet.key"), len(values) - 1)
     now = parts.clock()
     verdicts, records = [], []
     for index, value in enumerate(values):

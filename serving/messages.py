@@ -31,8 +31,9 @@ class Problem(Exception):
     """A request that cannot be answered as asked: a status, and where, what was expected, what was got, what to do."""
 
     def __init__(
-        self, status: int, where: str, expected: str, got: str, *, do: str = "", headers: dict[str, str] | None = None
-    ) -> None:
+        self, status: int, where: str, expected: str, got: str, *, do: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(f"{where}: expected {expected}, got {got}")
         self.status = status
         self.error = Error(where=where, expected=expected, got=got, do=do or UNSET)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from infra.settings import Settings
 from infra.telemetry import Telemetry
+from serving.keys import KeyRing
 from serving.slates import Impressions
 from serving.snapshot import Snapshot
 from streaming.topics import Log, Topics
@@ -25,6 +26,7 @@ class Parts:
     log: Log
     snapshot: Snapshot
     impressions: Impressions
+    ring: KeyRing
     telemetry: Telemetry = field(default_factory=Telemetry)
     clock: Callable[[], float] = time.time
     started: float = field(default_factory=time.time)
