@@ -37,7 +37,7 @@ process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}
 controller.listener.names=CONTROLLER
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 log.dirs={logs}
@@ -271,10 +271,11 @@ class Broker:
         jars: list[Path],
         archive: Path | None = None,
         port: int = 0,
+        advertised: int = 0,
         log: Path | None = None,
         options: list[str] | None = None,
     ) -> None:
-        self.data = data.resolve()
+        self.data, self._advertised = data.resolve(), advertised
         self._jars, self._options = jars, options or ([f"-XX:SharedArchiveFile={archive}"] if archive else [])
         self._wanted = port
         self.port = self.controller = 0
@@ -282,11 +283,15 @@ class Broker:
 
     @classmethod
     def prepare(
-        cls, data: Path, cache: Path, *, quiet: bool = False, say: Say = lambda text: None, log: Path | None = None
-    ) -> Broker:
-        """A broker with its jars fetched and its archive built; not started yet."""
+        cls, data: Path, cache: Path, *, quiet: bool = False, say: Say = lambda text: None, log: Path | None = None,
+        advertised: int = 0,
+    ) -> Broker:  # fmt: skip
+        """A broker with its jars fetched and its archive built; not started yet.
+
+        `advertised` is the port that it tells clients to come to, where that is a proxy's and not its own.
+        """
         jars = fetch_jars(cache, quiet=quiet)
-        return cls(data, jars=jars, archive=archive(cache, jars, say), log=log)
+        return cls(data, jars=jars, archive=archive(cache, jars, say), log=log, advertised=advertised)
 
     @property
     def bootstrap(self) -> str:
@@ -300,7 +305,8 @@ class Broker:
         _write_identity(logs)
         if not self.port:
             self._choose_ports()
-        text = _PROPERTIES.format(port=self.port, controller=self.controller, logs=logs)
+        advertised = self._advertised or self.port
+        text = _PROPERTIES.format(port=self.port, advertised=advertised, controller=self.controller, logs=logs)
         (self.data / "server.properties").write_text(text)
         (self.data / "ports.json").write_text(json.dumps([self.port, self.controller]))
         path = os.pathsep.join(str(jar) for jar in self._jars)

@@ -57,6 +57,11 @@ class Process:
         return self._child.pid if self._child is not None and self._child.poll() is None else None
 
     @property
+    def last_pid(self) -> int | None:
+        """The id of the last child, living or not."""
+        return None if self._child is None else self._child.pid
+
+    @property
     def code(self) -> int | None:
         """Exit code of the last child (negative: the signal that ended it); None while it runs."""
         return None if self._child is None else self._child.poll()

@@ -19,10 +19,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 import psutil
@@ -42,11 +42,27 @@ class StackError(RuntimeError):
     """The stack cannot run; the message says what was tried and what to do next."""
 
 
-class Child:
-    """One supervised process: restarted with growing pauses, unless it is meant to be ended."""
+class Detour(Protocol):
+    """A proxy that clients of a server are sent to; `lead_to` tells it where that server listens."""
 
-    def __init__(self, process: Process, start: Callable[[], None], ready: Callable[[], bool]) -> None:
-        self.process, self.start, self.ready = process, start, ready
+    port: int
+
+    def lead_to(self, port: int) -> None:
+        """Carry connections to this port from now on."""
+
+
+class Child:
+    """One supervised process: restarted with growing pauses, unless it is meant to be ended.
+
+    `worked` says of the last run whether it came to do its work: then what ended it is no failure to start, and the
+    pause begins small again, however soon it ended.
+    """
+
+    def __init__(
+        self, process: Process, start: Callable[[], None], ready: Callable[[], bool],
+        worked: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self.process, self.start, self.ready, self.worked = process, start, ready, worked
         self.wanted = True
         self.failures = 0
         self.restarts = 0
@@ -65,7 +81,8 @@ class Child:
             self.wanted = False
             log.error("%s ended for good; what it said last:\n%s", self.name, self.process.tail())
         elif not self.next_start:
-            self.failures = 0 if now - self.process.started_at > 20 else self.failures + 1
+            lasted = now - self.process.started_at > 20 or self.worked()
+            self.failures = 0 if lasted else self.failures + 1
             pause = min(10.0, 0.1 * 2**self.failures)
             self.next_start = now + pause
             log.warning(
@@ -82,7 +99,8 @@ class Stack:
     """A stack in one data folder; state survives `stop`, crashes of its processes and of this process.
 
     `processes` names which of PROCESSES to run; `kafka`, `redis` (or the settings of that name) are servers to use
-    instead of own ones. Other keyword arguments are settings.
+    instead of own ones; `through` names proxies ("kafka", "redis") that clients of own servers are sent to. Other
+    keyword arguments are settings.
     """
 
     def __init__(
@@ -93,6 +111,7 @@ class Stack:
         quiet: bool = True,
         say: Callable[[str], None] = lambda text: None,
         env: dict[str, str] | None = None,
+        through: Mapping[str, Detour] | None = None,
         **overrides: object,
     ) -> None:
         if unknown := set(processes) - set(PROCESSES):
@@ -101,7 +120,7 @@ class Stack:
         self.data = Path(given.data).resolve()
         self.settings = _with(given, data=str(self.data))
         self.processes, self.quiet, self.say = tuple(processes), quiet, say
-        self.extra_env = env or {}
+        self.extra_env, self._through = env or {}, dict(through or {})
         self.children: dict[str, Child] = {}
         self.broker: Broker | None = None
         self.store: RedisServer | None = None
@@ -191,6 +210,19 @@ class Stack:
             child.wanted = not hold
             child.process.kill()
 
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send one process a signal; what ends it is started again."""
+        with self._guard:
+            self.children[name].process.signal(number)
+
+    def join(self, slot: int) -> str:
+        """Start one more worker in a slot of its own, until it is held; returns its name."""
+        with self._guard:
+            name = f"users-{slot}"
+            self.children.setdefault(name, self._worker(slot))
+            self.restart(name)
+        return name
+
     def hold(self, name: str) -> None:
         """End one process in order and leave it ended until `restart`."""
         with self._guard:
@@ -269,10 +301,12 @@ class Stack:
         elif "kafka" in self.processes:
             self.say("preparing Kafka")
             self.broker = Broker.prepare(
-                self.data / "kafka", self.settings.cache_path, quiet=self.quiet, say=self.say, log=logs / "kafka.log"
-            )
+                self.data / "kafka", self.settings.cache_path, quiet=self.quiet, say=self.say, log=logs / "kafka.log",
+                advertised=self._through["kafka"].port if "kafka" in self._through else 0,
+            )  # fmt: skip
             self._add(Child(self.broker.process, self.broker.start, self.broker.ready))
             self.broker.start()
+            self._lead("kafka", self.broker.port)
         if self.settings.redis:
             self._must_answer("Redis", self.settings.redis, "FRESHET_REDIS", redis_answers(self.settings.redis))
         elif "redis" in self.processes:
@@ -282,11 +316,19 @@ class Stack:
         if self.store is not None:
             self.say("waiting for Redis")
             self.store.wait_ready()
-            self.settings = _with(self.settings, redis=self.store.url)
+            port = self._lead("redis", self.store.port)
+            self.settings = _with(self.settings, redis=f"redis://127.0.0.1:{port}/0")
         if self.broker is not None:
             self.say("waiting for Kafka")
             self.broker.wait_ready()
-            self.settings = _with(self.settings, kafka=self.broker.bootstrap)
+            self.settings = _with(self.settings, kafka=f"127.0.0.1:{self._lead('kafka', self.broker.port)}")
+
+    def _lead(self, name: str, port: int) -> int:
+        """Return the port that clients of a server come to: its own, or its proxy's, which is told the way."""
+        if name not in self._through:
+            return port
+        self._through[name].lead_to(port)
+        return self._through[name].port
 
     def _add(self, child: Child) -> None:
         self.children[child.name] = child
@@ -312,10 +354,7 @@ class Stack:
         made = []
         for name in self.processes:
             if name == "users":
-                made += [
-                    self._child(f"users-{slot}", ["worker", "--role", "users", "--slot", str(slot)], slot=slot)
-                    for slot in range(self.settings.workers)
-                ]
+                made += [self._worker(slot) for slot in range(self.settings.workers)]
             elif name == "items":
                 made.append(self._child("items", ["worker", "--role", "items"]))
             elif name == "learner":
@@ -323,6 +362,9 @@ class Stack:
             elif name == "api":
                 made.append(self._child("api", ["serve"]))
         return made
+
+    def _worker(self, slot: int) -> Child:
+        return self._child(f"users-{slot}", ["worker", "--role", "users", "--slot", str(slot)], slot=slot)
 
     def _child(self, name: str, verb: list[str], *, nice: int = 0, slot: int = 0) -> Child:
         mark = self.data / "run" / f"{name}.ready"
@@ -349,7 +391,7 @@ class Stack:
                 return _marked(mark, process.pid) and _api_ready(self.api)  # another API may have our port
             return _marked(mark, process.pid) or time.monotonic() - process.started_at > 10
 
-        return Child(process, start, ready)
+        return Child(process, start, ready, lambda: _marked(mark, process.last_pid))
 
     # -- while it runs ----------------------------------------------------------------------------------------------
 
