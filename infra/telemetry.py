@@ -50,6 +50,22 @@ SNAPSHOT_POSITION = Series(
 )
 SNAPSHOT_RELOADS = Series("freshet_snapshot_reloads_total", "counter", "Reloads of the arrays from Redis.", ("feed",))
 SNAPSHOT_ROWS = Series("freshet_snapshot_rows", "gauge", "Rows held by this process's arrays.", ("feed",))
+REQUESTS_SHED = Series(
+    "freshet_requests_shed_total", "counter", "Requests answered 429 because of load, by what was full.", ("reason",)
+)  # fmt: skip
+FOLD_LAG = Series(
+    "freshet_fold_lag_events", "gauge", "Events acknowledged by this process that a fold has not applied.", ("fold",)
+)  # fmt: skip
+LOOP_DELAY = Series("freshet_loop_delay_seconds", "gauge", "How late this process's event loop is, smoothed.")
+BUFFER_USED = Series("freshet_buffer_used", "gauge", "What a buffer of this process holds.", ("buffer",))
+BUFFER_BOUND = Series("freshet_buffer_bound", "gauge", "What a buffer of this process may hold.", ("buffer",))
+UNREADABLE = Series(
+    "freshet_profiles_unreadable_total", "counter", "Reads of a profile whose bytes no codec here reads."
+)  # fmt: skip
+EVENT_SKEW = Series(
+    "freshet_event_skew_seconds", "histogram", "Time of acceptance less an event's own ts: a producer's clock.", (),
+    (-300.0, -60.0, -10.0, -1.0, 0.0, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0, 604800.0),
+)  # fmt: skip
 
 SERIES: Final = tuple(value for value in list(globals().values()) if isinstance(value, Series))
 

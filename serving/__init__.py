@@ -7,6 +7,7 @@ Files, from the door inwards:
     doors        what a route is, and its OpenAPI description
     guard        who may ask: Host, Origin, key and rate, before any route
     keys         API keys: their file, their scopes, their rates
+    overload     how much this process takes on at once, and when it says 429
     messages     what comes in and goes out, and how it is refused
     ingest       events and catalogue entries -> the log
     lookup       a slate, similar, popular

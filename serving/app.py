@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,6 +33,7 @@ from serving.guard import SECURITY_HEADERS, BindingError, Guard, check_binding
 from serving.introspect import not_ready
 from serving.keys import KeyRing, KeysError
 from serving.messages import Problem, problem_response
+from serving.overload import Overload
 from serving.parts import Parts
 from serving.slates import Impressions
 from serving.snapshot import Live, Snapshot
@@ -40,6 +42,7 @@ from streaming.topics import Log, LogError, Topics, TopicsError, preflight
 
 LOOKUP_TIMEOUT_S = 0.5
 PING_S = 2.0
+MAX_CONNECTIONS = 2048
 _STARTUP_FAILED = 3  # uvicorn's exit code for a lifespan that raised
 log = logging.getLogger("freshet.serving")
 
@@ -64,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     mount(app, doors(parts, app))
     app.router.routes.extend(page.routes(page.live_of(parts)))
     app.add_exception_handler(Exception, _failed)
+    app.add_exception_handler(HTTPException, _no_route)
     app.add_middleware(Guard, host=settings.host, ring=parts.ring, origins=settings.origins)
     return app
 
@@ -83,17 +87,19 @@ def create_parts(settings: Settings) -> Parts:
                 telemetry.count(IMPRESSIONS, now - before, status=status)
                 counted[status] = now
 
+    snapshot = Snapshot(
+        connect(settings.redis, timeout=LOOKUP_TIMEOUT_S), connect(settings.redis),
+        namespace=settings.namespace, require_catalogue=settings.require_catalogue,
+        on_reload=lambda: telemetry.count(SNAPSHOT_RELOADS, feed="all"),
+    )  # fmt: skip
     return Parts(
         settings=settings,
         topics=topics,
         log=producer,
         telemetry=telemetry,
         ring=ring,
-        snapshot=Snapshot(
-            connect(settings.redis, timeout=LOOKUP_TIMEOUT_S), connect(settings.redis),
-            namespace=settings.namespace, require_catalogue=settings.require_catalogue,
-            on_reload=lambda: telemetry.count(SNAPSHOT_RELOADS, feed="all"),
-        ),
+        overload=Overload(telemetry, snapshot.read_lag),
+        snapshot=snapshot,
         impressions=Impressions(
             append=lambda records: producer.append(topics.events, records),
             limit=settings.impression_buffer, on_change=tell,
@@ -107,8 +113,11 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
     await _check_topics(parts)
     parts.snapshot.start()
     parts.impressions.start()
-    tasks = [asyncio.create_task(work, name=name) for name, work in
-             (("log", keep_log(parts)), ("warm", _warm(parts)), ("ready", _tell_ready(parts)))]  # fmt: skip
+    background = {
+        "log": keep_log(parts), "warm": _warm(parts), "ready": _tell_ready(parts),
+        "delay": parts.overload.watch_loop(), "lag": parts.overload.watch_lag(),
+    }  # fmt: skip
+    tasks = [asyncio.create_task(work, name=name) for name, work in background.items()]
     try:
         yield
     finally:
@@ -180,8 +189,17 @@ def warm() -> None:
 async def _tell_ready(parts: Parts) -> None:
     while not_ready(parts):
         await asyncio.sleep(0.05)
+    parts.overload.watching = True  # not before: compiling holds the loop up, and nobody is late for that
     log.info("ready")
     mark_ready()
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer for the framework, in the one error shape: no such path, or not by this method."""
+    status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None)
+    where, expected = ("method", "one that this path has") if status == 405 else ("path", "a path of /openapi.json")
+    got = request.method if status == 405 else repr(request.url.path[:80])
+    return problem_response(Problem(status, where, expected, got, headers=headers))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -206,7 +224,7 @@ def run(settings: Settings) -> None:
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, loop="uvloop", http="httptools", ws="none",
         access_log=False, log_config=None, timeout_graceful_shutdown=3, server_header=False, date_header=False,
-        backlog=1024,
+        backlog=1024, limit_concurrency=MAX_CONNECTIONS,
     )  # fmt: skip
     try:
         uvicorn.Server(config).run()

@@ -26,11 +26,14 @@ _STATUS: Final = {
     401: "No key, or nobody's.",
     403: "Not for this Host, Origin or key.",
     404: "Not known here.",
+    408: "The body did not come in time.",
     413: "The body is over 1 MB.",
     422: "Something is not as expected; the answer says where.",
     429: "Too much at once; Retry-After says when to come again.",
+    500: "A mistake of this server, which its log tells.",
     503: "A part is not reachable; the answer says which.",
 }
+_ANYWHERE: Final = (401, 403, 429, 500)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Door:
         answer = {} if self.answer is None else {"schema": schema_of(self.answer)[0][0]}
         entry["responses"] = {str(self.status): {"description": self.summary, "content": {self.media: answer}}}
         problem = {"application/json": {"schema": schema_of(ErrorAnswer)[0][0]}}
-        for status in self.problems:
+        for status in sorted({*self.problems, *_ANYWHERE}):
             entry["responses"][str(status)] = {"description": _STATUS[status], "content": problem}
         return entry
 

@@ -16,7 +16,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from infra.telemetry import EVENTS_RECEIVED
+from infra.telemetry import EVENT_SKEW, EVENTS_RECEIVED
 from serving.messages import (
     MAX_LIST,
     MAX_USER_EVENTS,
@@ -26,7 +26,6 @@ from serving.messages import (
     Verdict,
     decode_json,
     json_response,
-    read_body,
 )  # fmt: skip
 from serving.parts import Parts
 from streaming import events
@@ -34,28 +33,27 @@ from streaming.events import EventError
 from streaming.topics import LogError, encode_token, partition_of
 
 ACK_S: Final = 2.0
-MAX_APPENDING: Final = 64
-"""Requests that may wait for Kafka at once; more are told to come back."""
-
 Record = tuple[int, bytes, bytes]
 
 
 async def append(parts: Parts, topic: str, records: Sequence[Record]) -> dict[int, int]:
-    """Append records and return partition -> last offset once all are acknowledged; raises Problem 503."""
-    if parts.appending >= MAX_APPENDING:
-        raise _unavailable(f"{parts.appending} requests already wait for it")
+    """Append records and return partition -> last offset once all are acknowledged; raises Problem 429, 503."""
     if parts.log_problem:
         raise _unavailable(parts.log_problem)
-    parts.appending += 1
+    parts.overload.check_appending()
+    parts.overload.appending += 1
     try:
         async with asyncio.timeout(ACK_S):
-            return await parts.log.append(topic, records)
+            last = await parts.log.append(topic, records)
     except TimeoutError:
         raise _unavailable(f"no acknowledgement from every partition within {ACK_S:g} s") from None
     except LogError as error:
         raise _unavailable(str(error)) from error
     finally:
-        parts.appending -= 1
+        parts.overload.appending -= 1
+    if topic == parts.topics.events:
+        parts.overload.acknowledged(last)
+    return last
 
 
 def _unavailable(got: str) -> Problem:
@@ -82,7 +80,7 @@ def objects_of(body: bytes) -> tuple[list[msgspec.Raw], bool]:
     return values, True
 
 
-def read_event(value: msgspec.Raw, now: float) -> events.Interaction:
+def read_event(value: msgspec.Raw, now: float) -> events.Posted:
     """Validate one object of the door; raises EventError that says where, what was expected and what was got."""
     event = events.parse_json(value)
     if event.ts > now + events.MAX_FUTURE_S:
@@ -98,14 +96,30 @@ def _problem(error: EventError) -> Problem:
 
 async def post_events(parts: Parts, request: Request) -> Response:
     """POST /v1/events."""
-    values, many = objects_of(await read_body(request))
-    parts.ring.charge(request.scope.get("freshet.key"), len(values) - 1)
-    now = parts.clock()
+    parts.overload.admit()
+    async with parts.overload.body(request) as body:
+        values, many = objects_of(body)
+        parts.ring.charge(request.scope.get("freshet.key"), len(values) - 1)
+        async with parts.overload.turn(many=many):
+            verdicts, records = await _read_events(parts, values, many)
+        last = await append(parts, parts.topics.events, records) if records else {}
+    if len(records) < len(values):
+        parts.telemetry.count(EVENTS_RECEIVED, len(values) - len(records), type="unknown", status="rejected")
+    token = encode_token(last) if last else None
+    return json_response(Accepted(len(records), len(values) - len(records), verdicts, token), 202)
+
+
+async def _read_events(
+    parts: Parts, values: Sequence[msgspec.Raw], many: bool
+) -> tuple[list[Verdict], list[Record]]:  # fmt: skip
+    """Validate the events of a request, in slices; a bad one is a verdict, alone a Problem 422."""
+    now, partitions = parts.clock(), parts.settings.partitions
     verdicts: list[Verdict] = []
     records: list[Record] = []
     users: Counter[str] = Counter()
     types: Counter[str] = Counter()
     for index, value in enumerate(values):
+        await parts.overload.breathe(index)
         try:
             event = read_event(value, now)
         except EventError as error:
@@ -114,19 +128,15 @@ async def post_events(parts: Parts, request: Request) -> Response:
             verdicts.append(Verdict(index, "rejected", reason=str(error)))
             continue
         types[type(event).__name__.lower()] += 1
-        users[event.user_id] += 1
-        if users[event.user_id] > MAX_USER_EVENTS:
+        users[user := events.subject(event)] += 1
+        if users[user] > MAX_USER_EVENTS:
             raise Problem(422, f"body[{index}].user_id", f"at most {MAX_USER_EVENTS} events of a user", "more")
-        key = event.user_id.encode()
-        records.append((partition_of(event.user_id, parts.settings.partitions), key, events.encode(event)))
+        records.append((partition_of(user, partitions), user.encode(), events.encode(event)))
         verdicts.append(Verdict(index, "accepted", event_id=event.event_id or UNSET))
-    last = await append(parts, parts.topics.events, records) if records else {}
+        parts.telemetry.observe(EVENT_SKEW, now - event.ts)
     for name, count in types.items():
         parts.telemetry.count(EVENTS_RECEIVED, count, type=name, status="accepted")
-    if len(records) < len(values):
-        parts.telemetry.count(EVENTS_RECEIVED, len(values) - len(records), type="unknown", status="rejected")
-    token = encode_token(last) if last else None
-    return json_response(Accepted(len(records), len(values) - len(records), verdicts, token), 202)
+    return verdicts, records
 
 
 def read_item(value: msgspec.Raw, now: float) -> events.Item:
@@ -154,7 +164,8 @@ def _item_record(item: events.Item) -> Record:
 
 async def put_item(parts: Parts, request: Request) -> Response:
     """PUT /v1/items/{item_id}."""
-    return await _store(parts, _named(await read_body(request), request.path_params["item_id"]))
+    async with parts.overload.body(request) as body:
+        return await _store(parts, _named(body, request.path_params["item_id"]))
 
 
 async def delete_item(parts: Parts, request: Request) -> Response:
@@ -173,11 +184,24 @@ async def _store(parts: Parts, value: msgspec.Raw) -> Response:
 
 async def post_items(parts: Parts, request: Request) -> Response:
     """POST /v1/items."""
-    values, many = objects_of(await read_body(request))
-    parts.ring.charge(request.scope.get("freshet.key"), len(values) - 1)
+    async with parts.overload.body(request) as body:
+        values, many = objects_of(body)
+        parts.ring.charge(request.scope.get("freshet.key"), len(values) - 1)
+        async with parts.overload.turn(many=many):
+            verdicts, records = await _read_items(parts, values, many)
+        if records:
+            await append(parts, parts.topics.items, records)
+    return json_response(Accepted(len(records), len(values) - len(records), verdicts, None), 202)
+
+
+async def _read_items(
+    parts: Parts, values: Sequence[msgspec.Raw], many: bool
+) -> tuple[list[Verdict], list[Record]]:  # fmt: skip
     now = parts.clock()
-    verdicts, records = [], []
+    verdicts: list[Verdict] = []
+    records: list[Record] = []
     for index, value in enumerate(values):
+        await parts.overload.breathe(index)
         try:
             item = read_item(value, now)
         except EventError as error:
@@ -187,6 +211,4 @@ async def post_items(parts: Parts, request: Request) -> Response:
         else:
             verdicts.append(Verdict(index, "accepted", item_id=item.item_id))
             records.append(_item_record(item))
-    if records:
-        await append(parts, parts.topics.items, records)
-    return json_response(Accepted(len(records), len(values) - len(records), verdicts, None), 202)
+    return verdicts, records

@@ -12,15 +12,24 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from infra.telemetry import CONTENT_TYPE, SNAPSHOT_POSITION, SNAPSHOT_ROWS
+from infra.telemetry import (
+    BUFFER_BOUND,
+    BUFFER_USED,
+    CONTENT_TYPE,
+    FOLD_LAG,
+    LOOP_DELAY,
+    SNAPSHOT_POSITION,
+    SNAPSHOT_ROWS,
+)  # fmt: skip
 from models.decay import NAMES, STEPS
-from models.examples import KIND_NAMES
+from models.examples import KIND_NAMES, CodecError
 from models.profile import ProfileView, unpack
 from models.ranker import FEATURES
 from serving.lookup import row_of, unknown_item, user_id
 from serving.messages import Problem, json_response
+from serving.overload import MAX_APPENDING, MAX_BODIES
 from serving.parts import Parts
-from serving.snapshot import Live
+from serving.snapshot import MAX_PENDING, Live
 from streaming.state import UserRead
 from streaming.topics import describe, end_offsets, partition_of
 
@@ -57,6 +66,12 @@ async def metrics(parts: Parts, request: Request) -> Response:
     telemetry.set(SNAPSHOT_POSITION, snapshot.live.items_position, feed="items")
     telemetry.set(SNAPSHOT_POSITION, snapshot.live.model_position, feed="model")
     telemetry.set(SNAPSHOT_ROWS, snapshot.live.items.n, feed="items")
+    telemetry.set(LOOP_DELAY, parts.overload.delay_s)
+    for fold, behind in parts.overload.lag.items():
+        telemetry.set(FOLD_LAG, behind, fold=fold)
+    for name, held in buffers(parts).items():
+        telemetry.set(BUFFER_USED, held["used"], buffer=name)
+        telemetry.set(BUFFER_BOUND, held["bound"], buffer=name)
     return Response(telemetry.exposition(), media_type=CONTENT_TYPE)
 
 
@@ -97,7 +112,7 @@ async def models(parts: Parts, request: Request) -> Response:
                     FEATURES, ranker.weights.tolist(), ranker.mean.tolist(), ranker.variance.tolist(), strict=True
                 )
             },
-            "vectors": {"rows": model.factors.filled, "dim": int(model.factors.vectors.shape[1])},
+            "vectors": {"rows": model.rows.known, "dim": int(model.factors.vectors.shape[1])},
             "policy": parts.settings.policy,
             "epsilon": parts.settings.epsilon,
         }
@@ -122,8 +137,22 @@ def state_of(parts: Parts) -> dict[str, Any]:
             "waiting": len(impressions), "limit": parts.settings.impression_buffer, "appended": impressions.appended,
             "dropped": impressions.dropped, "failed": impressions.failed,
         },
-        "appending": parts.appending,
+        "overload": parts.overload.state(),
+        "buffers": buffers(parts),
+        "keys": {"on": parts.ring.found, "known": len(parts.ring.keys), "problem": parts.ring.problem},
+        "unreadable_profiles": dict(parts.unreadable),
     }  # fmt: skip
+
+
+def buffers(parts: Parts) -> dict[str, dict[str, int]]:
+    """Return what each buffer of this process holds, and may hold; the README says what happens when one is full."""
+    held = {
+        "bodies_bytes": (parts.overload.bodies, MAX_BODIES),
+        "appending_requests": (parts.overload.appending, MAX_APPENDING),
+        "impressions": (len(parts.impressions), parts.settings.impression_buffer),
+        "model_feed_parts": (len(parts.snapshot.model_feed.pending), MAX_PENDING),
+    }
+    return {name: {"used": used, "bound": bound} for name, (used, bound) in held.items()}
 
 
 async def user_state(parts: Parts, request: Request) -> Response:
@@ -155,11 +184,17 @@ async def get_user(parts: Parts, request: Request) -> Response:
     """GET /v1/users/{user_id}: what is known of a user, readable; an unknown user is known as nothing."""
     user = user_id(request)
     read, partition = await _read(parts, user)
-    view = unpack(read.profiles[0], read.seen[0])
+    problem = None
+    try:
+        view = unpack(read.profiles[0], read.seen[0])
+    except CodecError as error:
+        parts.cannot_read(user, error)
+        view, problem = unpack(None, None), f"{error}. Next: freshet rebuild"
     return json_response(
         {
             "user_id": user,
             "known": read.profiles[0] is not None,
+            "problem": problem,
             "partition": partition,
             "applied": read.applied,
             "counters": view.counters,

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from infra.telemetry import SLATE_SECONDS, SLATES, TOKEN_WAITS
-from models.examples import item_hash
+from models.examples import CodecError, item_hash
 from models.profile import unpack
 from models.recommend import History, Slate, popular, recommend, samples, similar
 from models.recommend import Request as Ask
@@ -33,7 +33,6 @@ from serving.messages import (
     converted,
     decode_json,
     json_response,
-    read_body,
     read_query,
 )  # fmt: skip
 from serving.parts import Parts
@@ -52,12 +51,13 @@ async def recommendations(parts: Parts, request: Request) -> Response:
     """GET or POST /v1/recommendations/{user_id}."""
     began = time.perf_counter()
     user = user_id(request)
-    query = await _lookup_query(request)
+    query = await _lookup_query(parts, request)
     read, applied = await _read(parts, user, query.after, query.wait_ms)
+    history, unreadable = known_history(parts, user, read)
     live, snapshot = parts.snapshot.live, parts.snapshot
     profile_at = time.perf_counter()
     ask = _ask(parts, query, secrets.token_hex(8), parts.clock() if query.now is None else query.now)
-    slate = recommend(live.items, live.model, history_of(read), ask, clock=time.perf_counter if query.trace else None)
+    slate = recommend(live.items, live.model, history, ask, clock=time.perf_counter if query.trace else None)
     slate_at = time.perf_counter()
     items = _served(live, slate)
     degraded = read is None or snapshot.degraded
@@ -68,6 +68,8 @@ async def recommendations(parts: Parts, request: Request) -> Response:
         answer.reason = why_empty(live, narrowed=bool(query.exclude or query.categories))
     elif degraded:
         answer.reason = f"degraded: {snapshot.reason or 'the profile could not be read'}"
+    elif unreadable:
+        answer.reason = f"served as to an unknown user: {unreadable}"
     if query.track and items:
         _track(parts, user, query, slate, [item.item_id for item in items])
     end = time.perf_counter()
@@ -88,12 +90,12 @@ def user_id(request: Request) -> str:
     return user
 
 
-async def _lookup_query(request: Request) -> LookupQuery:
+async def _lookup_query(parts: Parts, request: Request) -> LookupQuery:
     if request.method == "GET":
         query = read_query(request, LookupQuery) if request.scope["query_string"] else _PLAIN
     else:
-        body = await read_body(request)
-        query = converted(decode_json(body), LookupQuery, "body") if body else _PLAIN
+        async with parts.overload.body(request, small=True) as body:
+            query = converted(decode_json(body), LookupQuery, "body") if body else _PLAIN
     privileged(request, policy=query.policy, now=query.now)
     return query
 
@@ -143,8 +145,17 @@ def is_applied(read: UserRead, token: Position, partition: int) -> bool:
     return read.applied > token.events.get(partition, -1)
 
 
+def known_history(parts: Parts, user: str, read: UserRead | None) -> tuple[History, str]:
+    """Return a user's history, and why it is empty where the stored bytes cannot be read (counted and named)."""
+    try:
+        return history_of(read), ""
+    except CodecError as error:
+        parts.cannot_read(user, error)
+        return _NOBODY, str(error)
+
+
 def history_of(read: UserRead | None) -> History:
-    """Return the sequence and the seen items of a profile, newest first; empty where there is none."""
+    """Return the sequence and the seen items of a profile, newest first; empty without one; raises CodecError."""
     if read is None or (read.profiles[0] is None and read.seen[0] is None):
         return _NOBODY
     view = unpack(read.profiles[0], read.seen[0])
@@ -220,7 +231,8 @@ async def popular_items(parts: Parts, request: Request) -> Response:
     if query.user_id is not None:
         read = await parts.snapshot.read_user(partition_of(query.user_id, parts.settings.partitions), query.user_id)
         degraded = degraded or read is None
-        exclude = np.concatenate([exclude, _seen_keys(live, history_of(read))])
+        history, _ = known_history(parts, query.user_id, read)
+        exclude = np.concatenate([exclude, _seen_keys(live, history)])
     now = parts.clock() if query.now is None else query.now
     found = popular(live.items, live.model, query.n, exclude, now)
     return _listed(live, found, degraded, "popular", narrowed=bool(len(exclude)))

@@ -5,16 +5,23 @@ Knows nothing about routes.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from infra.settings import Settings
-from infra.telemetry import Telemetry
+from infra.telemetry import UNREADABLE, Telemetry
 from serving.keys import KeyRing
+from serving.overload import Overload
 from serving.slates import Impressions
 from serving.snapshot import Snapshot
 from streaming.topics import Log, Topics
+
+MAX_NAMED: Final = 100
+log = logging.getLogger("freshet.serving")
 
 
 @dataclass(slots=True)
@@ -27,9 +34,19 @@ class Parts:
     snapshot: Snapshot
     impressions: Impressions
     ring: KeyRing
+    overload: Overload
     telemetry: Telemetry = field(default_factory=Telemetry)
     clock: Callable[[], float] = time.time
     started: float = field(default_factory=time.time)
-    appending: int = 0
+    unreadable: Counter[str] = field(default_factory=Counter)
+    """Reads of profiles that no codec here reads, by user; at most MAX_NAMED users are named."""
     log_problem: str = "not connected yet"
     warm: bool = False
+
+    def cannot_read(self, user: str, error: Exception) -> None:
+        """Count a stored profile that no codec here reads, and name its user while there is room."""
+        self.telemetry.count(UNREADABLE)
+        if user in self.unreadable or len(self.unreadable) < MAX_NAMED:
+            if user not in self.unreadable:
+                log.error("profile of %r: %s; it is served as unknown. Next: freshet rebuild", user[:80], error)
+            self.unreadable[user] += 1

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -43,6 +43,8 @@ from streaming.state import (
 LOAD_ROWS: Final = 512
 """Rows written at once while loading: requests are answered in between."""
 BLOCK_MS: Final = 500
+MAX_PENDING: Final = 64
+"""Parts of a model step, of about 1 MB each, that wait for its end; with more the whole model is loaded instead."""
 POINTER_S: Final = 1.0
 BACK_OFF_S: Final = (0.05, 2.0)
 _LAST_SEQUENCE: Final = 2**64 - 1
@@ -178,6 +180,15 @@ class Snapshot:
             self._lost(error)
             return None
 
+    async def read_lag(self, ends: Mapping[int, int]) -> dict[str, int]:
+        """Return how many events before `ends` (partition -> offset) a fold has not applied; raises what Redis does."""
+        reads = await self._users.read({p: [] for p in ends})
+        marks = msgspec.json.decode((await self._items.head()).get("marks", b"{}"), type=dict[int, int])
+        return {
+            "user": sum(max(0, end - reads[p].applied) for p, end in ends.items()),
+            "item": sum(max(0, reads[p].applied - marks.get(p, 0)) for p in ends),
+        }
+
     async def read_metrics(self, name: str, after: str, count: int) -> list[tuple[str, dict[str, str]]]:
         """Read points of a learning curve after an id, or its newest `count` for "-"; raises what Redis raises."""
         return await read_metrics(self._feeds, self.keys.metrics(name), after=after, count=count)
@@ -268,6 +279,8 @@ class Snapshot:
                 else:
                     feed.pending.append(delta)
                     feed.last_id = entry_id
+                    if len(feed.pending) > MAX_PENDING:
+                        raise Stale(f"model feed: expected the end of a step within {MAX_PENDING} parts, got none")
                 await asyncio.sleep(0)
 
     async def _read(self, key: str, feed: FeedState) -> list[tuple[str, Delta]]:
