@@ -203,10 +203,20 @@ class Settings:
     event_weights: tuple[Weight, ...] = _setting(
         EVENT_WEIGHTS, _weights, "Table of (kind, condition, weight): what an event says of an item, as JSON."
     )
+    max_users: int = _setting(
+        1_000_000, _int(1, 10**9), "Users kept, all partitions together; the least recently active leave first."
+    )
+    codec: int = _setting(
+        2, _int(1, 2), "Version of the profiles written; both are read. 1: the release before can still read them."
+    )
     retention_inlets_days: int = _setting(7, _int(1, 3650), "Days that the inlet topics keep their records.")
     disk_cap_gb: float = _setting(20.0, _float(0.1, 1e6), "Size of the data folder above which `up` warns.")
     token_wait_ms: int = _setting(250, _int(0, 2000), "How long a lookup with `after` waits when it does not say.")
     feed_mb: int = _setting(64, _int(1, 4096), "Cap of each feed in Redis, in MB.")
+    max_items: int = _setting(
+        1_000_000, _int(16, 100_000_000),
+        "Items with behaviour, and learnt items, that are kept; the least recently seen leave. The same everywhere.",
+    )  # fmt: skip
     impression_buffer: int = _setting(10_000, _int(1, 10_000_000), "Slates that wait to be logged before drops count.")
     seed: int = _setting(1, _int(0, 2**63 - 1), "Seed of the learner's initial values and of the simulated world.")
     log_level: str = _setting(

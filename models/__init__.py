@@ -8,6 +8,7 @@ Files in the order in which one event travels through them:
     rows          item hash -> row number, private to each process
     transitions   what follows what: the neighbour lists
     items         the items: decayed popularity, neighbours, exposure, catalogue (arrays)
+    item_fold     records of `examples` into items, and which items leave
     factors       item vectors, biases, and what they say of a sequence
     encoder       the step that trains them (torch, lazily)
     ranker        named features and the linear ranker

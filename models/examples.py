@@ -124,8 +124,10 @@ class Shown:
         at += 2 * m * width
         channels = np.frombuffer(data, "u1", k, at)
         at += k
-        surface = data[at : at + surface_length].decode()
-        policy = data[at + surface_length :].decode()
+        try:
+            surface, policy = data[at : at + surface_length].decode(), data[at + surface_length :].decode()
+        except UnicodeDecodeError as error:
+            raise CodecError(f"impression payload: surface or policy is not utf-8 ({error})") from error
         return cls(slate, step, items, propensities, channels, candidates, features, surface, policy)
 
 

@@ -48,8 +48,8 @@ def mix64(x):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _born(keys, first, last, vectors):  # type: ignore[no-untyped-def]
-    for row in range(first, last):
+def _born(keys, rows, vectors):  # type: ignore[no-untyped-def]
+    for row in rows:
         state = mix64(keys[row])
         for j in range(0, vectors.shape[1], 2):
             state = mix64(state)
@@ -125,12 +125,12 @@ class Factors:
 
     def __init__(self, *, rows: Rows) -> None:
         self.rows = rows
-        self.filled = 0
+        self.births = 0
         self.vectors: F32 = np.zeros((0, DIM), np.float32)
         self.bias: F32 = np.zeros(0, np.float32)
         self.positions: F32 = (-0.15 * np.arange(POSITIONS + 1)).astype(np.float32)
         self.start: F32 = np.zeros((1, DIM), np.float32)
-        _born(np.ones(1, np.uint64), 0, 1, self.start)
+        _born(np.ones(1, np.uint64), np.zeros(1, np.int64), self.start)
         self.both: F32 = np.concatenate((np.eye(DIM), 0.5 * np.eye(DIM)), 1).astype(np.float32)
         self.grow()
 
@@ -140,10 +140,15 @@ class Factors:
         if replaced:
             self.vectors = grown(self.vectors, self.rows.capacity)
             self.bias = grown(self.bias, self.rows.capacity)
-        if self.filled < self.rows.n:
-            _born(self.rows.keys, self.filled, self.rows.n, self.vectors)
-            self.filled = self.rows.n
+        if self.births < self.rows.births:
+            self.forget(self.rows.born_since(self.births))
+            self.births = self.rows.births
         return replaced
+
+    def forget(self, rows: I64) -> None:
+        """Set these rows to what new ones are."""
+        _born(self.rows.keys, rows, self.vectors)
+        self.bias[rows] = 0.0
 
     def encode(self, history: I64) -> F32:
         """Return q f32[64] for the rows of a history, newest first, -1 for an item without a row."""

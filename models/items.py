@@ -13,6 +13,7 @@ Row, version 1, little endian, in 8-byte words; neighbours by item hash, row num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -22,11 +23,13 @@ from numpy.typing import NDArray
 
 from models.decay import Popularity, add, grown
 from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, Entries, Shown
-from models.rows import Rows
+from models.rows import BEHAVIOUR, CATALOGUE, Rows
 from models.transitions import WINDOW, K, follow
 
 VERSION: Final = 1
 _FIXED: Final = 19
+ROOM: Final = 32
+"""Where items are too many, one in so many of the cap leaves beside those above it: not every sweep finds some."""
 NEVER_FIRST: Final = np.inf
 NEVER_LAST: Final = -np.inf
 
@@ -95,16 +98,21 @@ class Items:
         self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._named: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.ids: list[str] = []
-        self.collisions: list[tuple[int, int, str, str]] = []
-        """(source partition, offset, id, id that has the row) of entries set aside; who folds empties it."""
+        self.aside: list[tuple[int, int, str, bytes]] = []
+        """(source partition, offset, reason, bytes) of entries that were not folded; who folds empties it."""
         self.catalogue: dict[int, CatalogueItem] = {}
         self.by_category: dict[str, set[int]] = {}
         self.grow()
 
     @property
     def n(self) -> int:
-        """Number of rows."""
+        """Number of rows, free ones among them, which are hidden and blank."""
         return self.rows.n
+
+    @property
+    def behaving(self) -> I64:
+        """Rows with behaviour: what `pack` is for, and what a cap counts."""
+        return self.rows.held_by(BEHAVIOUR)
 
     @property
     def eligible(self) -> NDArray[np.bool_]:
@@ -142,11 +150,10 @@ class Items:
         An entry with VOICE adds to popularity, one with ENTERS to the neighbour lists, one with both ENTERS and SHOWN
         to the outcomes; an impression counts each shown item as shown once.
         """
-        entries = self._apart(entries)
+        entries, shown = self._apart(entries)
         targets = self.rows.add(entries.target[entries.target != 0])
-        start, keys = _recent(entries.history_start, entries.history_item)
+        start, keys = _recent(entries.history_start, entries.history_item, entries.flags, entries.target)
         history = self.rows.add(keys)
-        shown = [Shown.from_bytes(entries.extra[i]).items for i in np.flatnonzero(entries.kind == IMPRESSION)]
         exposed = self.rows.add(np.concatenate(shown)) if shown else None
         self.grow()
         self._name(entries, targets)
@@ -161,17 +168,70 @@ class Items:
             self._touched[exposed] = True
         changed = np.flatnonzero(self._touched)
         self._touched[changed] = False
+        self.rows.hold(changed, BEHAVIOUR)
         return changed
 
-    def _apart(self, entries: Entries) -> Entries:
-        """Set entries aside whose id is not that of the row their hash names: two ids with one hash."""
-        rows = self.rows.find(entries.target).tolist()
-        keep = np.ones(len(rows), np.bool_)
-        for i, (row, text) in enumerate(zip(rows, entries.ids, strict=True)):
-            if row >= 0 and text and row < len(self.ids) and self._named[row] and self.ids[row] != text:
+    def _apart(self, entries: Entries) -> tuple[Entries, list[U64]]:
+        """Set entries aside that cannot be folded; return the others, and what each of their impressions showed.
+
+        Those whose id is not that of the row their hash names (two ids with one hash), and unreadable impressions.
+        """
+        rows, kinds = self.rows.find(entries.target).tolist(), entries.kind.tolist()
+        keep, shown = np.ones(len(rows), np.bool_), []
+        named: dict[int, str] = {}
+        for i, (key, row, text, kind) in enumerate(zip(entries.target.tolist(), rows, entries.ids, kinds, strict=True)):
+            reason, owner = "", text
+            if text:
+                has_id = 0 <= row < len(self.ids) and self._named[row]
+                owner = self.ids[row] if has_id else named.setdefault(key, text)
+            if owner != text:
+                reason = f"item id {text!r} has the hash of {owner!r}: rename one"
+            elif kind == IMPRESSION:
+                try:
+                    shown.append(Shown.from_bytes(entries.extra[i]).items)
+                except CodecError as error:
+                    reason = str(error)
+            if reason:
                 keep[i] = False
-                self.collisions.append((int(entries.partition[i]), int(entries.offset[i]), text, self.ids[row]))
-        return entries.take(keep)
+                original = entries.extra[i] if kind == IMPRESSION else text.encode()
+                self.aside.append((int(entries.partition[i]), int(entries.offset[i]), reason, original))
+        return entries.take(keep), shown
+
+    def sweep(self, most: int) -> tuple[U64, I64]:
+        """Let the least recently seen items leave where more than `most` have behaviour.
+
+        Returns the hashes of those that left and the rows whose lists lost one of them. A function of the packed rows
+        alone. Items that were shown and never acted on leave first; ties leave by hash.
+        """
+        living = self.behaving
+        if len(living) <= most:
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
+        order = np.lexsort((self.rows.keys[living], self.last[living]))
+        gone = self.rows.keys[living[order[: len(living) - most + most // ROOM]]]
+        return gone, self.remove(gone)
+
+    def remove(self, keys: U64) -> I64:
+        """Forget the behaviour of the items with these hashes u64[k]; return the rows whose lists lost one of them."""
+        rows = np.unique(self.rows.find(keys))
+        rows = rows[rows >= 0]
+        gone = np.zeros(self.rows.capacity, np.bool_)
+        gone[rows] = True
+        changed = np.zeros(self.rows.capacity, np.bool_)
+        for items, weights in ((self.a_items, self.a_weights), (self.b_items, self.b_weights)):
+            items[rows] = -1
+            weights[rows] = 0.0
+            _forget(items, weights, gone, self.rows.n, changed)
+        self.popularity.weights[rows], self.popularity.cells[rows] = 0.0, 0
+        self.first[rows], self.last[rows] = NEVER_FIRST, NEVER_LAST
+        self.shown[rows] = self.outcomes[rows] = 0
+        self.a_sums[rows] = self.b_sums[rows] = 0.0
+        self._named[rows] = False
+        for row in rows.tolist():
+            if row not in self.catalogue:
+                self.ids[row] = ""
+                self._refresh(row)
+        self.rows.release(rows, BEHAVIOUR)
+        return np.flatnonzero(changed)
 
     def _name(self, entries: Entries, targets: I64) -> None:
         at = 0
@@ -197,6 +257,7 @@ class Items:
         """Set the catalogue fields of the item with hash `key` and id `text`, and return its row."""
         row = int(self.rows.add(np.array([key], np.uint64))[0])
         self.grow()
+        self.rows.hold(np.array([row]), CATALOGUE)
         old = self.catalogue.get(row)
         for name in old.categories if old is not None else ():
             self.by_category[name].discard(row)
@@ -232,7 +293,7 @@ class Items:
 
     def load(self, keys: U64, blobs: list[bytes]) -> I64:
         """Replace the behaviour of the rows of `keys` u64[k] by packed values, return the rows; raises CodecError."""
-        sizes = np.fromiter((_words(blob) for blob in blobs), np.int64, len(blobs))
+        sizes = np.fromiter((_words(key, blob) for key, blob in zip(keys.tolist(), blobs, strict=True)), np.int64)
         start = np.zeros(len(blobs) + 1, np.int64)
         np.cumsum(sizes, out=start[1:])
         data = b"".join(blob[: 8 * size] for blob, size in zip(blobs, sizes.tolist(), strict=True))
@@ -240,6 +301,8 @@ class Items:
         rows = self.rows.add(keys)
         at = _neighbour_words(words, start)
         neighbours = self.rows.add(words[at])
+        self.rows.hold(rows, BEHAVIOUR)
+        self.rows.hold(neighbours, BEHAVIOUR)  # a row that a list names is not given to another item
         self.grow()
         _load(
             words, words.view(np.float64), words.view(np.int32), start, rows, neighbours,
@@ -262,23 +325,45 @@ class Items:
         self.popularity.load_totals(data)
 
 
-def _words(blob: bytes) -> int:
+def _words(key: int, blob: bytes) -> int:
     if len(blob) < 8 * _FIXED or blob[0] != VERSION:
-        raise CodecError(f"item row: expected version {VERSION}, got {blob[:2].hex() or 'nothing'}")
+        got = f"{len(blob)} bytes that begin with {blob[:2].hex() or 'nothing'}"
+        raise CodecError(f"item row {key:016x}: expected version {VERSION}, got {got}")
     size = _FIXED + 2 * (blob[1] + blob[2])
     expected = 8 * size + int.from_bytes(blob[4:8], "little")
     if len(blob) != expected or blob[1] > K or blob[2] > K:
-        raise CodecError(f"item row: expected {expected} bytes, got {len(blob)}")
+        raise CodecError(f"item row {key:016x}: expected {expected} bytes, got {len(blob)}")
+    try:
+        blob[8 * size :].decode()
+    except UnicodeDecodeError as error:
+        raise CodecError(f"item row {key:016x}: its id is not utf-8 ({error})") from error
     return size
 
 
+def sound(keys: Sequence[int], blobs: Sequence[bytes]) -> tuple[list[int], list[bytes], list[str]]:
+    """Return the item rows that `Items.load` reads, and what is wrong with each of the others."""
+    good: list[int] = []
+    values: list[bytes] = []
+    bad: list[str] = []
+    for key, blob in zip(keys, blobs, strict=True):
+        try:
+            _words(key, blob)
+        except CodecError as error:
+            bad.append(str(error))
+            continue
+        good.append(key)
+        values.append(blob)
+    return good, values, bad
+
+
 @njit(cache=True)
-def _recent(history_start, history_item):  # type: ignore[no-untyped-def]
-    """Return (start i64[n + 1], the newest WINDOW items of each history)."""
+def _recent(history_start, history_item, flags, target):  # type: ignore[no-untyped-def]
+    """Return (start i64[n + 1], the newest WINDOW items of the history of each entry that enters)."""
     n = len(history_start) - 1
     start = np.zeros(n + 1, np.int64)
     for i in range(n):
-        start[i + 1] = start[i] + min(history_start[i + 1] - history_start[i], WINDOW)
+        enters = flags[i] & ENTERS != 0 and target[i] != 0
+        start[i + 1] = start[i] + (min(history_start[i + 1] - history_start[i], WINDOW) if enters else 0)
     keys = np.empty(start[n], np.uint64)
     for i in range(n):
         for j in range(start[i + 1] - start[i]):
@@ -307,6 +392,27 @@ def _fold(target, targets, flags, time, start, history, weights, cells, totals, 
             follow(
                 row, history[start[i] : start[i + 1]], a_items, a_weights, a_sums, b_items, b_weights, b_sums, touched
             )
+
+
+@njit(cache=True)
+def _forget(items, weights, gone, n, changed):  # type: ignore[no-untyped-def]
+    """Take the gone out of lists i32[n, K], the others keep their order; marks the rows that lost some."""
+    for row in range(n):
+        kept = 0
+        for k in range(items.shape[1]):
+            item = items[row, k]
+            if item < 0:
+                break
+            if gone[item]:
+                changed[row] = True
+                continue
+            if kept != k:
+                items[row, kept], weights[row, kept] = item, weights[row, k]
+            kept += 1
+        for k in range(kept, items.shape[1]):
+            if items[row, k] < 0:
+                break
+            items[row, k], weights[row, k] = -1, 0.0
 
 
 @njit(cache=True)

@@ -10,14 +10,17 @@ Values are bytes that the codecs in models/ wrote; this module moves them, atomi
 | `fr@1:{u<p>}:profile:<user>` | packed profile (models/profile.py) | user agent of p |
 | `fr@1:{u<p>}:seen:<user>` | at most 4,096 low 32-bit item hashes | user agent of p |
 | `fr@1:{u<p>}:embedding:<user>` | model step i64, 2 x 64 float16: a cache | user agent of p |
-| `fr@1:{u<p>}:applied` | hash: next offset, inlet marks, cluster, partitions | user agent of p |
+| `fr@1:{u<p>}:applied` | hash: next offset, inlet and alias marks, cluster, partitions | user agent of p |
+| `fr@1:{u<p>}:active` | sorted set of the users with a profile, by offset of their last change | user agent of p |
 | `fr@1:{items}:rows:<bucket>` | hash of 256 buckets, field = item hash (8 bytes), value = packed row | item agent |
 | `fr@1:{items}:catalogue:<bucket>` | the same for catalogue entries (MessagePack) | item agent |
 | `fr@1:{items}:applied` | hash: next, marks, totals, catalogue offset, cluster | item agent |
 | `fr@1:{items}:feed` | stream of deltas, bounded in bytes | item agent |
+| `fr@1:{items}:faults` | hash: offset in `examples` -> what its fold raised, how often | item agent |
 | `fr@1:{model}:rows:<bucket>` | hash, field = item hash, value = vector with optimiser state | learner |
 | `fr@1:{model}:head` | hash: next, step, dense weights, window, lineage | learner |
 | `fr@1:{model}:feed` | stream of deltas, a `step` entry ends each step | learner |
+| `fr@1:{model}:faults` | as of the items | learner |
 | `fr@1:metrics:<name>` | stream of learning curves, bounded | the process it is named after |
 """
 
@@ -28,6 +31,8 @@ import logging
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from operator import itemgetter
 from typing import Any, Final, Protocol, TypeVar
 
 import hiredis
@@ -39,10 +44,17 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
+from streaming.feeds import Delta as Delta
+from streaming.feeds import Feed
+from streaming.feeds import feed_top as feed_top
+from streaming.feeds import read_feed as read_feed
+
 log = logging.getLogger(__name__)
 
 BUCKETS: Final = 256
 FEED_ENTRY_BYTES: Final = 1_000_000
+LEAVING: Final = 16_384
+"""Users of a partition that leave at once, at most: where the cap was lowered the rest follows, sweep by sweep."""
 # redis-py's stubs answer the union of its text and bytes clients; ours only ever answers bytes.
 Redis = Any
 StoreUnavailable = (RedisConnectionError, RedisTimeoutError, OSError)
@@ -59,17 +71,45 @@ end
 return out
 """
 
+# KEYS applied, active, profile..., seen..., embedding...; ARGV expected, next, marks, cluster, users to keep (0: all),
+# what the names of this partition's keys begin with, number of profiles, a value per key (empty: it goes), then per
+# profile the offset of its last change. The least recently changed users beyond `keep` leave with all that is theirs.
 _COMMIT = """
 local c = redis.call('HGET', KEYS[1], 'next') or '0'
 if c ~= ARGV[1] then return c end
-local kv = {}
-for i = 2, #KEYS do kv[2 * i - 3] = KEYS[i]; kv[2 * i - 2] = ARGV[i + 3] end
-if #KEYS > 1 then redis.call('MSET', unpack(kv)) end
+local kv, n = {}, 0
+for i = 3, #KEYS do
+  local v = ARGV[i + 5]
+  if v == '' then redis.call('UNLINK', KEYS[i]) else kv[n + 1] = KEYS[i]; kv[n + 2] = v; n = n + 2 end
+end
+if n > 0 then redis.call('MSET', unpack(kv)) end
+local profile, users, at = #ARGV[6] + 9, tonumber(ARGV[7]), #KEYS + 5
+if users > 0 then
+  local za, m = {}, 0
+  for i = 1, users do
+    local user = string.sub(KEYS[i + 2], profile)
+    if ARGV[i + 7] == '' then redis.call('ZREM', KEYS[2], user) else
+      za[m + 1] = ARGV[at + i]; za[m + 2] = user; m = m + 2
+    end
+  end
+  if m > 0 then redis.call('ZADD', KEYS[2], unpack(za)) end
+end
 redis.call('HSET', KEYS[1], 'next', ARGV[2], 'marks', ARGV[3], 'cluster', ARGV[4])
+local keep = tonumber(ARGV[5])
+if keep > 0 then
+  local leaving = math.min(redis.call('ZCARD', KEYS[2]) - keep, LEAVING)
+  if leaving > 0 then
+    for _, user in ipairs(redis.call('ZRANGE', KEYS[2], 0, leaving - 1)) do
+      redis.call('UNLINK', ARGV[6] .. 'profile:' .. user, ARGV[6] .. 'seen:' .. user, ARGV[6] .. 'embedding:' .. user)
+    end
+    redis.call('ZREMRANGEBYRANK', KEYS[2], 0, leaving - 1)
+  end
+end
 return 'ok'
-"""
+""".replace("LEAVING", str(LEAVING))
 
-# KEYS head, bucket...; ARGV expected, number of head pairs, head pairs..., then per bucket: count, field, value, ...
+# KEYS head, bucket...; ARGV expected, number of head pairs, head pairs..., then per bucket: how many fields go, those
+# fields, how many pairs come, field, value, ... A field that goes may come again.
 _COMMIT_ROWS = """
 local c = redis.call('HGET', KEYS[1], 'next') or '0'
 if c ~= ARGV[1] then return c end
@@ -78,13 +118,14 @@ local pairs_ = tonumber(ARGV[2])
 redis.call('HSET', KEYS[1], unpack(ARGV, at, at + 2 * pairs_ - 1))
 at = at + 2 * pairs_
 for b = 2, #KEYS do
-  local n = 2 * tonumber(ARGV[at])
-  at = at + 1
-  local last = at + n - 1
-  while at <= last do
-    local to = math.min(at + 3999, last)
-    redis.call('HSET', KEYS[b], unpack(ARGV, at, to))
-    at = to + 1
+  for _, call in ipairs({{'HDEL', 1}, {'HSET', 2}}) do
+    local last = at + call[2] * tonumber(ARGV[at])
+    at = at + 1
+    while at <= last do
+      local to = math.min(at + 3999, last)
+      redis.call(call[1], KEYS[b], unpack(ARGV, at, to))
+      at = to + 1
+    end
   end
 end
 return 'ok'
@@ -135,6 +176,10 @@ class Keys:
     def embedding(self, partition: int, user: str) -> str:
         """Cached decayed embeddings of a user."""
         return f"{self.prefix}:{{u{partition}}}:embedding:{user}"
+
+    def active(self, partition: int) -> str:
+        """The users of a partition, by when they were last active."""
+        return f"{self.prefix}:{{u{partition}}}:active"
 
     def applied(self, partition: int) -> str:
         """How far a partition of `events` is folded."""
@@ -234,7 +279,11 @@ class UserRead:
 
 @dataclass(slots=True)
 class UserWrite:
-    """What a micro-batch commits to a partition: `expected` -> `next`; profiles, seen lists, embeddings by user."""
+    """What a micro-batch commits to a partition: `expected` -> `next`; profiles, seen lists, embeddings by user.
+
+    An empty value deletes. `active` is the offset of the last event that changed each profile; where `keep` is not 0
+    the least recently active users beyond it leave, after the values are written.
+    """
 
     partition: int
     expected: int
@@ -243,6 +292,8 @@ class UserWrite:
     profiles: dict[str, bytes] = field(default_factory=dict)
     seen: dict[str, bytes] = field(default_factory=dict)
     embeddings: dict[str, bytes] = field(default_factory=dict)
+    active: dict[str, int] = field(default_factory=dict)
+    keep: int = 0
 
 
 class UserStore(Protocol):
@@ -261,6 +312,9 @@ class MemoryUserStore:
     def __init__(self) -> None:
         self.applied: dict[int, tuple[int, dict[str, int], str]] = {}
         self.values: dict[tuple[str, int, str], bytes] = {}
+        self.active: dict[int, dict[str, int]] = {}
+        self.left: list[tuple[int, str]] = []
+        """(partition, user) of who left by the cap; who must know empties it."""
 
     async def read(self, wanted: Mapping[int, Sequence[str]]) -> dict[int, UserRead]:
         """Read applied, marks, profiles and seen lists of these users of these partitions."""
@@ -286,9 +340,25 @@ class MemoryUserStore:
             return stored
         for name, values in (("profile", write.profiles), ("seen", write.seen), ("embedding", write.embeddings)):
             for user, value in values.items():
-                self.values[name, p, user] = value
+                self._set((name, p, user), value)
+        active = self.active.setdefault(p, {})
+        for user, offset in sorted(write.active.items(), key=itemgetter(1)):
+            active.pop(user, None)  # so that the order of the keys is that of the offsets
+            if write.profiles.get(user):
+                active[user] = offset
+        for user in list(islice(active, min(max(len(active) - write.keep, 0), LEAVING))) if write.keep else ():
+            del active[user]
+            self.left.append((p, user))
+            for name in ("profile", "seen", "embedding"):
+                self._set((name, p, user), b"")
         self.applied[p] = (write.next, dict(write.marks), cluster)
         return None
+
+    def _set(self, key: tuple[str, int, str], value: bytes) -> None:
+        if value:
+            self.values[key] = value
+        else:
+            self.values.pop(key, None)
 
 
 class RedisUserStore:
@@ -321,11 +391,15 @@ class RedisUserStore:
     def _call(self, write: UserWrite, cluster: str) -> tuple[Sequence[str], Sequence[Any]]:
         keys, p = self.keys, write.partition
         names = [
-            keys.applied(p), *_each(keys.profile(p, ""), write.profiles), *_each(keys.seen(p, ""), write.seen),
-            *_each(keys.embedding(p, ""), write.embeddings),
+            keys.applied(p), keys.active(p), *_each(keys.profile(p, ""), write.profiles),
+            *_each(keys.seen(p, ""), write.seen), *_each(keys.embedding(p, ""), write.embeddings),
         ]  # fmt: skip
         values = (*write.profiles.values(), *write.seen.values(), *write.embeddings.values())
-        return names, (str(write.expected), str(write.next), _pack_marks(write.marks), cluster, *values)
+        offsets = [str(write.active.get(user, 0)) for user in write.profiles]
+        return names, (
+            str(write.expected), str(write.next), _pack_marks(write.marks), cluster, str(write.keep),
+            keys.profile(p, "").removesuffix("profile:"), str(len(write.profiles)), *values, *offsets,
+        )  # fmt: skip
 
 
 def _each(prefix: str, users: Iterable[str]) -> list[str]:
@@ -345,95 +419,12 @@ def _unpack_marks(data: bytes) -> dict[str, int]:
     return msgspec.json.decode(data, type=dict[str, int]) if data else {}
 
 
-@dataclass(slots=True)
-class Delta:
-    """One entry of a feed: absolute values of rows for the positions [first, next) of `examples`.
+class StoredBytesError(RuntimeError):
+    """A key of ours holds what no build of this writes; the message names the key, what is wrong and the next step."""
 
-    kind "rows" (item rows, `dense` = totals), "catalogue" (entries; `next` = offset in `items`), "vectors" (part of a
-    model step), "step" (its end: `dense` = weights, `first`/`next` of the whole step).
-    """
-
-    kind: str
-    first: int
-    next: int
-    keys: Sequence[int]
-    values: Sequence[bytes]
-    dense: bytes = b""
-    step: int = 0
-
-
-def _delta_fields(delta: Delta) -> dict[Any, Any]:
-    count = len(delta.keys)
-    return {
-        "kind": delta.kind, "first": delta.first, "next": delta.next, "step": delta.step,
-        "keys": struct.pack(f"<{count}Q", *delta.keys),
-        "sizes": struct.pack(f"<{count}I", *map(len, delta.values)),
-        "values": b"".join(delta.values), "dense": delta.dense,
-    }  # fmt: skip
-
-
-def _delta_from(fields: Mapping[bytes, bytes]) -> Delta:
-    keys, sizes = fields[b"keys"], fields[b"sizes"]
-    count, at, values = len(keys) // 8, 0, []
-    for size in struct.unpack(f"<{count}I", sizes):
-        values.append(fields[b"values"][at : at + size])
-        at += size
-    return Delta(
-        fields[b"kind"].decode(), int(fields[b"first"]), int(fields[b"next"]), struct.unpack(f"<{count}Q", keys),
-        values, fields[b"dense"], int(fields[b"step"]),
-    )  # fmt: skip
-
-
-async def feed_top(client: Redis, key: str) -> str:
-    """Return the id of a feed's newest entry, "0-0" for an empty one: where a reader starts before it loads."""
-    entries = await client.xrevrange(key, count=1)
-    return entries[0][0].decode() if entries else "0-0"
-
-
-async def read_feed(
-    client: Redis, key: str, last_id: str, *, block_ms: int = 1000, count: int = 64
-) -> list[tuple[str, Delta]]:
-    """Wait at most `block_ms` for entries after `last_id`; return them in order with their ids."""
-    answer = await client.xread({key: last_id}, count=count, block=block_ms)
-    if not answer:
-        return []
-    streams = answer.items() if isinstance(answer, dict) else answer
-    entries: list[tuple[str, Delta]] = []
-    for _, rows in streams:
-        batch = rows[0] if rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], tuple) else rows
-        entries += [(entry_id.decode(), _delta_from(fields)) for entry_id, fields in batch]
-    return entries
-
-
-class _Feed:
-    """The writing end of a feed: ids are `<next>-<sequence>`, older entries leave when it outgrows its bytes."""
-
-    def __init__(self, client: Redis, key: str, limit_bytes: int) -> None:
-        self._client, self._key, self._limit, self._since = client, key, limit_bytes, 0
-
-    async def publish(self, delta: Delta) -> bool:
-        """Append; False where the feed already has an entry beyond it (this writer is behind: a rollback or a twin)."""
-        fields = _delta_fields(delta)
-        # A catalogue entry has no position of its own in `examples`: it goes behind whatever is newest.
-        at = (await feed_top(self._client, self._key)).split("-")[0] if delta.kind == "catalogue" else delta.next
-        try:
-            await self._client.xadd(self._key, fields, id=f"{at}-*")
-        except ResponseError as error:
-            if "equal or smaller" not in str(error):
-                raise
-            return False
-        self._since += len(fields["values"]) + len(fields["dense"])
-        if self._since > self._limit // 16:
-            self._since = 0
-            await self._trim()
-        return True
-
-    async def _trim(self) -> None:
-        used = await self._client.memory_usage(self._key, samples=0) or 0
-        if used > self._limit:
-            length = await self._client.xlen(self._key)
-            keep = max(1, int(length * 0.75 * self._limit / used))
-            await self._client.xtrim(self._key, maxlen=keep, approximate=False)
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"Redis key {key}: {problem}. Written by something else or a newer build? Run that build, or"
+                         " `freshet rebuild --switch` to fold the logs again")  # fmt: skip
 
 
 def _bucketed(keys: Iterable[int], values: Iterable[bytes]) -> dict[int, list[bytes]]:
@@ -444,48 +435,102 @@ def _bucketed(keys: Iterable[int], values: Iterable[bytes]) -> dict[int, list[by
     return buckets
 
 
+class Fault(msgspec.Struct, array_like=True):
+    """Records of `examples` up to `next` whose fold raised, how often, and the end of the last traceback."""
+
+    next: int
+    count: int
+    text: str
+
+
 class RowStore:
     """Rows in 256 hashes beside a head that says how far they are folded: the shape of item and model state alike."""
 
     def __init__(self, client: Redis, head: str, rows: Any, feed: str, feed_bytes: int = 64 << 20) -> None:
         self.client, self.head_key, self._rows = client, head, rows
+        self.faults_key = head.rpartition(":")[0] + ":faults"
         self._script = _Script(_COMMIT_ROWS)
-        self._feed = _Feed(client, feed, feed_bytes)
+        self._feed = Feed(client, feed, feed_bytes)
 
     async def head(self) -> dict[str, bytes]:
         """Return the head's fields; empty where nothing was ever committed."""
         return {k.decode(): v for k, v in (await self.client.hgetall(self.head_key)).items()}
 
-    async def load(self) -> tuple[dict[str, bytes], list[tuple[int, bytes]]]:
-        """Return (head, rows) of one moment: read again until the head did not move meanwhile."""
+    async def load(self, bad: list[str] | None = None) -> tuple[dict[str, bytes], list[tuple[int, bytes]]]:
+        """Return (head, rows) of one moment: read again until the head did not move meanwhile.
+
+        What cannot be a row is named in `bad`; where that is None, raises StoredBytesError.
+        """
         while True:
-            head = await self.head()
-            rows = [row async for row in self.scan(self._rows)]
+            head, wrong = await self.head(), list[str]()
+            rows = [row async for row in self.scan(self._rows, wrong if bad is not None else None)]
             if (await self.head()).get("next") == head.get("next"):
+                if bad is not None:
+                    bad += wrong
                 return head, rows
             await asyncio.sleep(0.05)
 
-    async def scan(self, name: Any) -> AsyncIterator[tuple[int, bytes]]:
-        """Yield every (item hash, bytes) of the buckets `name(b)`."""
+    async def faults(self) -> dict[int, Fault]:
+        """Return what raised while it was folded, by the offset of its record in `examples`."""
+        found = await self.client.hgetall(self.faults_key)
+        return {int(at): msgspec.msgpack.decode(value, type=Fault) for at, value in found.items()}
+
+    async def blame(self, first: int, following: int, text: str) -> int:
+        """Note that folding the records [first, following) raised `text`; return how often it has."""
+        old = (await self.faults()).get(first)
+        fault = Fault(following, old.count + 1 if old is not None else 1, text)
+        await self.client.hset(self.faults_key, str(first), msgspec.msgpack.encode(fault))
+        return fault.count
+
+    async def acquit(self, first: int) -> None:
+        """Forget a fault: what it was laid to is narrower."""
+        await self.client.hdel(self.faults_key, str(first))
+
+    def row_key(self, key: int) -> str:
+        """Return the Redis key that holds the row of an item hash, for messages."""
+        return f"{self._rows(key & (BUCKETS - 1))} field {key:016x}"
+
+    async def scan(self, name: Any, bad: list[str] | None = None) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield every (item hash, bytes) of the buckets `name(b)`; what is none: see `load`."""
         for first in range(0, BUCKETS, 32):
             pipe = self.client.pipeline(transaction=False)
             for bucket in range(first, first + 32):
                 pipe.hgetall(name(bucket))
-            for found in await pipe.execute():
+            for bucket, found in enumerate(await pipe.execute(raise_on_error=False), first):
+                problems = []
+                if isinstance(found, ResponseError):
+                    problems, found = [f"expected a hash of rows ({found})"], {}
+                elif isinstance(found, Exception):
+                    raise found
                 for key, value in found.items():
-                    yield struct.unpack("<Q", key)[0], value
+                    if len(key) == 8 and key[0] == bucket:
+                        yield struct.unpack("<Q", key)[0], value
+                    else:
+                        problems.append(f"expected fields of 8 bytes of this bucket, got {key[:16].hex()}")
+                if problems and bad is None:
+                    raise StoredBytesError(name(bucket), problems[0])
+                if bad is not None:
+                    bad += [f"{name(bucket)}: {problem}" for problem in problems]
 
     async def commit(
-        self, *, expected: int, head: Mapping[str, Any], keys: Sequence[int], values: Sequence[bytes]
-    ) -> int | None:
-        """Write rows and head (with its new `next`) in one transaction; None, or the stored offset where refused."""
-        buckets = _bucketed(keys, values)
+        self, *, expected: int, head: Mapping[str, Any], keys: Sequence[int], values: Sequence[bytes],
+        gone: Iterable[int] = (),
+    ) -> int | None:  # fmt: skip
+        """Delete rows `gone`, write rows and head (with its new `next`), in one transaction.
+
+        Returns None, or the stored offset where it was refused.
+        """
+        buckets, leaving = _bucketed(keys, values), dict[int, list[bytes]]()
+        for key in gone:
+            leaving.setdefault(key & (BUCKETS - 1), []).append(struct.pack("<Q", key))
         arguments: list[Any] = [str(expected), len(head)]
         for name, value in head.items():
             arguments += [name, value]
-        for flat in buckets.values():
-            arguments += [len(flat) // 2, *flat]
-        names = [self.head_key, *(self._rows(bucket) for bucket in buckets)]
+        touched = sorted(buckets.keys() | leaving.keys())
+        for bucket in touched:
+            left, flat = leaving.get(bucket, []), buckets.get(bucket, [])
+            arguments += [len(left), *left, len(flat) // 2, *flat]
+        names = [self.head_key, *(self._rows(bucket) for bucket in touched)]
         (answer,) = await self._script.pipelined(self.client, [(names, arguments)])
         return None if answer == b"ok" else int(answer)
 
@@ -522,18 +567,19 @@ class ModelStore(RowStore):
         self.keys = keys
 
     async def publish_step(
-        self, *, step: int, first: int, following: int, keys: Sequence[int], vectors: Sequence[bytes], dense: bytes
-    ) -> None:
-        """Append a step: its vectors in entries of about 1 MB, then the entry that ends it."""
-        at = 0
+        self, *, step: int, first: int, following: int, keys: Sequence[int], vectors: Sequence[bytes], dense: bytes,
+        gone: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Append a step: its vectors in entries of about 1 MB, then the entry that ends it and counts them."""
+        at = parts = 0
         while at < len(keys):
             last, size = at, 0
             while last < len(keys) and (size == 0 or size + len(vectors[last]) <= FEED_ENTRY_BYTES):
                 size += len(vectors[last])
                 last += 1
             await self.publish(Delta("vectors", first, following, keys[at:last], vectors[at:last], step=step))
-            at = last
-        await self.publish(Delta("step", first, following, (), (), dense, step))
+            at, parts = last, parts + 1
+        await self.publish(Delta("step", first, following, (), (), dense, step, gone, parts))
 
 
 async def append_metrics(client: Redis, key: str, fields: Mapping[str, Any], *, keep: int = 3600) -> None:

@@ -166,7 +166,8 @@ def test_two_ids_with_one_hash_are_set_aside() -> None:
     other = entry(1, 1.7e9 + 1, offset=7)
     other.ids = ["another-id"]
     assert len(items.fold(other)) == 0
-    assert items.collisions == [(0, 7, "another-id", NAMES[1])]
+    reason = f"item id 'another-id' has the hash of {NAMES[1]!r}: rename one"
+    assert items.aside == [(0, 7, reason, b"another-id")]
     assert state(items) == before
 
 
