@@ -11,7 +11,7 @@ Files in the order in which one event travels through them:
     worker       the process around them
     supervision  how a worker is watched, how it ends
     learn        the folds: events + state -> writes; pure, synchronous, no clock
-    embeddings   the users' cached decayed embeddings
+    users/       what is read and written of users, the store in memory, cached embeddings
     state        Redis keys, reads and atomic commits; the only importer of redis
     feeds        what changed, told to those who hold rows in memory
     trainer      the learner process

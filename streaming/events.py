@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Final, NewType
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from infra.settings import EVENT_WEIGHTS, Weight
 from models.examples import ACTION, CLICK, DWELL, RATING, item_hash
+from models.profile import COUNTERS, SEEN, SEQUENCE, Moved
 
 UserId = NewType("UserId", str)
 ItemId = NewType("ItemId", str)
@@ -97,13 +99,39 @@ class Impression(Common, tag="impression", kw_only=True):
 
 
 class Alias(Common, tag="alias", kw_only=True):
-    """Reserved: an anonymous user turned out to be `user_id`."""
+    """An anonymous user turned out to be `user_id`: what is known of the one is moved to the other.
+
+    Folded, and keyed, as an event of `anonymous_id`: it ends that profile. What it held follows as a Merge.
+    """
 
     anonymous_id: Id
 
 
 class Erase(Common, tag="erase", kw_only=True):
-    """Reserved: forget this user."""
+    """Forget this user: what was known when this was recorded is gone, what happened before it is ignored."""
+
+
+class Merge(Common, tag="merge", kw_only=True):
+    """What an alias moved to `user_id`; only the user agent writes it, `source` is ("alias", partition, offset).
+
+    entries: (item hash, effective time s, kind with voice bit, weight), oldest first; seen: u32 little endian;
+    counters in the order of models.profile.COUNTERS; first and last effective time, s.
+    """
+
+    entries: Annotated[list[tuple[int, float, int, float]], Meta(max_length=SEQUENCE)]
+    seen: bytes
+    counters: Annotated[list[int], Meta(min_length=len(COUNTERS), max_length=len(COUNTERS))]
+    first_time: float
+    last_time: float
+
+    def moved(self) -> Moved:
+        """Return it as the fold of profiles takes it."""
+        items, times, kinds, weights = zip(*self.entries, strict=True) if self.entries else ((), (), (), ())
+        return Moved(
+            items=np.array(items, np.uint64), times=np.array(times, np.float64), weights=np.array(weights, np.float32),
+            kinds=np.array(kinds, np.uint8), seen=np.frombuffer(self.seen, "<u4").astype(np.uint32),
+            counters=np.array(self.counters, np.uint32), first_time=self.first_time, last_time=self.last_time,
+        )  # fmt: skip
 
 
 class Item(msgspec.Struct, kw_only=True, omit_defaults=True, tag="item", tag_field="type"):
@@ -125,14 +153,14 @@ class Item(msgspec.Struct, kw_only=True, omit_defaults=True, tag="item", tag_fie
 
 
 Interaction = Click | Dwell | Rating | Action | View
-Event = Click | Dwell | Rating | Action | View | Impression
-Reserved = Alias | Erase
-_RESERVED: Final = (Alias, Erase)
+Posted = Click | Dwell | Rating | Action | View | Alias
+"""What the HTTP door takes."""
+Event = Click | Dwell | Rating | Action | View | Impression | Alias | Erase | Merge
 INLETS: Final = {"clicks": Click, "dwells": Dwell, "ratings": Rating, "actions": Action, "views": View}
 
-_from_json = msgspec.json.Decoder(Interaction)
+_from_json = msgspec.json.Decoder(Posted)
 _items_from_json = msgspec.json.Decoder(Item)
-_from_log = msgspec.msgpack.Decoder(Event | Reserved)
+_from_log = msgspec.msgpack.Decoder(Event)
 _items_from_log = msgspec.msgpack.Decoder(Item)
 _to_log = msgspec.msgpack.Encoder()
 _EXPECTED = re.compile(r"^(?P<what>.*?)(?: - at `(?P<where>[^`]+)`)?$", re.S)
@@ -149,7 +177,9 @@ def _explain(error: Exception, given: object) -> EventError:
         field = what.removeprefix("Object missing required field ")
         return EventError(where, f"the field {field}", "an object without it")
     if what.startswith("Invalid value "):
-        return EventError(where, "one of click, dwell, rating, action, view", what.removeprefix("Invalid value "))
+        return EventError(
+            where, "one of click, dwell, rating, action, view, alias", what.removeprefix("Invalid value ")
+        )
     if isinstance(error, msgspec.ValidationError):
         return EventError(where, what.removeprefix("Expected "), _short(given))
     return EventError(where, "well-formed bytes of one object", f"{_short(given)} ({what})")
@@ -160,10 +190,10 @@ def _short(given: object) -> str:
     return text[:80]
 
 
-def parse_json(data: bytes | msgspec.Raw) -> Interaction:
-    """Read one interaction from JSON bytes; raises EventError. `source` from outside is dropped."""
+def parse_json(data: bytes | msgspec.Raw) -> Posted:
+    """Read one interaction or alias from JSON bytes; raises EventError. `source` from outside is dropped."""
     try:
-        event: Interaction = _from_json.decode(data)
+        event: Posted = _from_json.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise _explain(error, bytes(data)) from error
     event.source = None
@@ -210,13 +240,11 @@ def parse_item(data: bytes | msgspec.Raw) -> Item:
 
 
 def decode(data: bytes) -> Event:
-    """Read one record of the log; raises EventError, also for the reserved types."""
+    """Read one record of the log; raises EventError."""
     try:
-        event: Event | Reserved = _from_log.decode(data)
+        event: Event = _from_log.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise _explain(error, data[:40].hex()) from error
-    if isinstance(event, _RESERVED):
-        raise EventError("$.type", "a type this version folds", f"{type(event).__name__.lower()!r}, which is reserved")
     check(event)
     return event
 
@@ -257,6 +285,27 @@ def check(event: Event) -> None:
             raise EventError("$.value", f"a number from {low} to {high} (its scale)", str(event.value))
     elif isinstance(event, Dwell) and not math.isfinite(event.seconds):
         raise EventError("$.seconds", "a finite number", str(event.seconds))
+    elif isinstance(event, Alias) and event.anonymous_id == event.user_id:
+        raise EventError("$.anonymous_id", "another id than user_id", repr(event.anonymous_id))
+    elif isinstance(event, Merge):
+        _check_merge(event)
+
+
+def _check_merge(event: Merge) -> None:
+    """Hold what a profile can take: no bytes of another writer may break the fold of a partition."""
+    if event.source is None or event.source[0] != "alias":
+        raise EventError("$.source", "the position of an alias", str(event.source))
+    if len(event.seen) % 4 or len(event.seen) > 4 * SEEN:
+        raise EventError("$.seen", f"at most {SEEN} hashes of 4 bytes", f"{len(event.seen)} bytes")
+    for i, (item, time, kind, weight) in enumerate(event.entries):
+        if not (0 < item < 2**64 and 0.0 <= time < 1e11 and CLICK <= kind & 0x7F <= ACTION and kind < 256):
+            raise EventError(f"$.entries[{i}]", "(item hash, time, kind, weight)", str((item, time, kind, weight)))
+        if not abs(weight) < 3e38:
+            raise EventError(f"$.entries[{i}][3]", "a finite 32-bit number", str(weight))
+    if not all(0 <= counter < 2**32 for counter in event.counters):
+        raise EventError("$.counters", "whole numbers of 32 bits", str(event.counters))
+    if not 0.0 <= event.first_time <= event.last_time < 1e11:
+        raise EventError("$.first_time", "at most last_time", str(event.first_time))
 
 
 def impression(
@@ -264,6 +313,21 @@ def impression(
 ) -> Impression:
     """Return the event that tells the log which slate was answered."""
     return Impression(user_id=user_id, slate_id=slate_id, ts=ts, surface=surface, shown=list(shown), payload=payload)
+
+
+def merge(user_id: str, ts: float, position: tuple[int, int], moved: Moved) -> Merge:
+    """Return the event that brings to `user_id` what the alias at (partition, offset) took from another profile."""
+    columns = (moved.items, moved.times, moved.kinds, moved.weights)
+    return Merge(
+        user_id=user_id, ts=ts, source=("alias", *position),
+        entries=list(zip(*(column.tolist() for column in columns), strict=True)), seen=moved.seen.tobytes(),
+        counters=moved.counters.tolist(), first_time=moved.first_time, last_time=moved.last_time,
+    )  # fmt: skip
+
+
+def subject(event: Event) -> str:
+    """Return the user whose profile an event is folded into, which is its key and gives its partition."""
+    return event.anonymous_id if isinstance(event, Alias) else event.user_id
 
 
 class Weights:

@@ -6,14 +6,17 @@ call this same code. One `Part` is what a micro-batch holds of one partition; a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from typing import Final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.settings import Settings
 from models.examples import (
     IMPRESSION,
     MAX_RECORD_BYTES,
@@ -25,16 +28,46 @@ from models.examples import (
     item_hash,
     split,
 )
-from models.profile import APPLIED, DUPLICATE, EventColumns, Folded, Profiles
-from streaming.events import MAX_FUTURE_S, Event, EventError, Impression, View, Weights, decode
+from models.profile import (
+    ALIAS,
+    APPLIED,
+    DUPLICATE,
+    ERASE,
+    ERASED,
+    MERGE,
+    QUIET,
+    VERSION,
+    EventColumns,
+    Folded,
+    Profiles,
+    fold,
+)
+from streaming.events import (
+    MAX_FUTURE_S,
+    Alias,
+    Erase,
+    Event,
+    EventError,
+    Impression,
+    Merge,
+    View,
+    Weights,
+    decode,
+    merge,
+)
 from streaming.state import UserRead, UserWrite
 
 Embed = Callable[[Profiles, NDArray[np.int64]], list[bytes]]
 """Cached decayed embeddings of some rows of the profiles; see models/factors.py."""
 
 _CONTEXT = msgspec.msgpack.Encoder()
-_WEIGHTLESS = {Impression: (IMPRESSION, 0.0, 0.0), View: (VIEW, 0.0, 0.0)}
+_WEIGHTLESS = {
+    Impression: (IMPRESSION, 0.0, 0.0), View: (VIEW, 0.0, 0.0), Erase: (ERASE, 0.0, 0.0), Alias: (ALIAS, 0.0, 0.0),
+    Merge: (MERGE, 0.0, 0.0),
+}  # fmt: skip
 """(kind, weight, value) of what has no weight."""
+SWEEP: Final = 4096
+"""Users beyond the cap leave a partition where its offset is a multiple of this, and only there: any cut is equal."""
 
 
 class GapError(RuntimeError):
@@ -64,6 +97,38 @@ class Part:
     events: list[Event] = field(default_factory=list)
     dead: list[Dead] = field(default_factory=list)
 
+    def subjects(self) -> list[str]:
+        """Return the user whose profile each event is folded into: an alias is folded into the anonymous one."""
+        return [event.anonymous_id if type(event) is Alias else event.user_id for event in self.events]
+
+    def cut(self, offset: int) -> tuple[Part, Part]:
+        """Return what lies before an offset inside first:next, and what lies at or after it."""
+        at = bisect_left(self.offsets, offset)
+        before = Part(
+            self.partition, self.first, offset, self.offsets[:at], self.times[:at], self.events[:at],
+            [dead for dead in self.dead if dead.offset < offset],
+        )  # fmt: skip
+        after = Part(
+            self.partition, offset, self.next, self.offsets[at:], self.times[at:], self.events[at:],
+            [dead for dead in self.dead if dead.offset >= offset],
+        )  # fmt: skip
+        return before, after
+
+
+def rounds(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Yield a micro-batch in pieces of which none reaches over a multiple of SWEEP; most are one piece."""
+    left = list(parts)
+    while left:
+        now, later = [], []
+        for part in left:
+            end = (part.first // SWEEP + 1) * SWEEP
+            if part.next > end:
+                part, rest = part.cut(end)
+                later.append(rest)
+            now.append(part)
+        yield now
+        left = later
+
 
 def decode_part(topic: str, partition: int, records: Sequence[tuple[int, int, bytes]]) -> Part:
     """Decode records (offset, record time in ms, value) of one partition; what cannot be read becomes a Dead."""
@@ -92,8 +157,12 @@ class Outcome:
     writes: list[UserWrite] = field(default_factory=list)
     records: list[Entries] = field(default_factory=list)
     """Records for `examples`, in order, each within its byte cap."""
+    derived: list[Merge] = field(default_factory=list)
+    """Events for the log, of other users than those folded: appended before the commit, known by their source."""
     applied: int = 0
     duplicates: int = 0
+    erased: int = 0
+    """Events that lie before the erasure or alias that ended their profile."""
     overflow: int = 0
     event_times: list[float] = field(default_factory=list)
     """Client times of the applied events, s: for freshness."""
@@ -101,27 +170,35 @@ class Outcome:
 
 def users_of(parts: Sequence[Part]) -> dict[int, list[str]]:
     """Return the users whose profiles a micro-batch needs, by partition, each once, in order of appearance."""
-    return {part.partition: list(dict.fromkeys(event.user_id for event in part.events)) for part in parts}
+    return {part.partition: list(dict.fromkeys(part.subjects())) for part in parts}
 
 
 class UserFold:
     """Folds micro-batches of `events` into profiles and derives their `examples` entries.
 
-    `embed`, where given, computes the cached embeddings that are written beside each changed profile.
+    `embed`, where given, computes the cached embeddings that are written beside each changed profile; `codec` is the
+    version of the profiles written; `keep` is how many users a partition keeps, 0: all.
     """
 
-    def __init__(self, weights: Weights, *, embed: Embed | None = None) -> None:
-        self._weights, self._embed = weights, embed
+    def __init__(self, weights: Weights, *, embed: Embed | None = None, codec: int = VERSION, keep: int = 0) -> None:
+        self._weights, self._embed, self._codec, self._keep = weights, embed, codec, keep
         self._hashes: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, settings: Settings, *, embed: Embed | None = None) -> UserFold:
+        """Return the fold of a deployment: the same in its agents, its rebuild and its verification."""
+        keep = -(-settings.max_users // settings.partitions)
+        return cls(Weights(settings.event_weights), embed=embed, codec=settings.codec, keep=keep)
 
     def fold(self, parts: Sequence[Part], reads: Mapping[int, UserRead]) -> Outcome:
         """Fold parts (one per partition) onto what was read for them; raises GapError and CodecError.
 
+        Where users are capped no part may reach over a multiple of SWEEP: `rounds` cuts them.
         Events below the applied offset were folded before and are dropped first; events of an inlet at or below its
         mark are the repeat of an append.
         """
         users = users_of(parts)
-        profiles, rows = _profiles(users, reads)
+        profiles, rows = _profiles(users, reads, self._codec)
         columns = _Columns()
         spans: list[tuple[Part, int, int, dict[str, int], int]] = []
         skipped = 0
@@ -132,6 +209,8 @@ class UserFold:
                     f"events[{part.partition}]: expected offset {read.applied} next, got {part.first}:"
                     " Redis was rolled back, or the log lost records"
                 )
+            if self._keep and max(part.first, read.applied) // SWEEP < (part.next - 1) // SWEEP:
+                raise ValueError(f"part {part.first}:{part.next} reaches over a multiple of {SWEEP}; see rounds()")
             marks = dict(read.marks)
             kept, repeats = _unfolded(part, read.applied, marks)
             skipped += repeats
@@ -144,29 +223,40 @@ class UserFold:
         self, columns: _Columns, profiles: Profiles, users: Mapping[int, list[str]],
         rows: Mapping[int, dict[str, int]], spans: list[tuple[Part, int, int, dict[str, int], int]], skipped: int,
     ) -> Outcome:  # fmt: skip
-        folded = profiles.fold(columns.arrays)
+        folded = fold(profiles, columns.arrays)
         outcome = Outcome(overflow=folded.overflow)
-        outcome.applied = int((folded.status == APPLIED).sum())
-        outcome.duplicates = skipped + int((folded.status == DUPLICATE).sum())
+        counts = np.bincount(folded.status, minlength=QUIET + 1).tolist()
+        outcome.applied, outcome.erased = counts[APPLIED] + counts[QUIET], counts[ERASED]
+        outcome.duplicates = skipped + counts[DUPLICATE]
         outcome.event_times = columns.ts
         pieces = []
         for part, start, end, marks, applied in spans:
             following = max(part.next, applied)
             write = UserWrite(part.partition, applied, following, marks)
-            self._pack(write, profiles, rows[part.partition])
+            if following > applied and following % SWEEP == 0:
+                write.keep = self._keep
+            self._pack(write, profiles, rows[part.partition], columns.offset)
             outcome.writes.append(write)
+            outcome.derived += [
+                merge(columns.events[i].user_id, float(columns.arrays.time[i]), (part.partition, offset), moved)
+                for i, moved in folded.moved.items()
+                if start <= i < end and (offset := int(columns.offset[i])) >= 0
+            ]
             if following > applied:
                 pieces.append(columns.entries(folded, start, end, (part.partition, applied, following)))
         outcome.records = _records(pieces)
         return outcome
 
-    def _pack(self, write: UserWrite, profiles: Profiles, rows: Mapping[str, int]) -> None:
+    def _pack(self, write: UserWrite, profiles: Profiles, rows: Mapping[str, int], offsets: NDArray[np.int64]) -> None:
         users, all_rows = list(rows), np.fromiter(rows.values(), np.int64, len(rows))
-        touched = profiles.changed[all_rows]
+        touched = profiles.changed_by[all_rows] >= 0
         picked, names = all_rows[touched], list(compress(users, touched.tolist()))
         write.profiles = dict(zip(names, profiles.pack(picked), strict=True))
+        write.active = dict(zip(names, offsets[profiles.changed_by[picked]].tolist(), strict=True))
         if self._embed is not None and names:
             write.embeddings = dict(zip(names, self._embed(profiles, picked), strict=True))
+            for name in compress(names, (~profiles.exists[picked]).tolist()):
+                write.embeddings[name] = b""
         acted = profiles.seen_changed[picked]
         write.seen = dict(zip(compress(names, acted.tolist()), profiles.pack_seen(picked[acted]), strict=True))
 
@@ -203,7 +293,7 @@ def _unfolded(part: Part, applied: int, marks: dict[str, int]) -> tuple[list[int
 
 
 def _profiles(
-    users: Mapping[int, list[str]], reads: Mapping[int, UserRead]
+    users: Mapping[int, list[str]], reads: Mapping[int, UserRead], codec: int
 ) -> tuple[Profiles, dict[int, dict[str, int]]]:
     packed: list[bytes | None] = []
     seen: list[bytes | None] = []
@@ -212,7 +302,7 @@ def _profiles(
         rows[partition] = {user: row for row, user in enumerate(names, len(packed))}
         packed += reads[partition].profiles
         seen += reads[partition].seen
-    return Profiles(packed, seen), rows
+    return Profiles(packed, seen, codec=codec), rows
 
 
 def _records(pieces: list[Entries]) -> list[Entries]:
@@ -235,13 +325,13 @@ class _Columns:
 
     def add(self, part: Part, kept: list[int] | None, rows: Mapping[str, int]) -> None:
         """Append the events of a part, all or those at `kept`; `rows` are its users' in the profiles."""
-        events, offsets, times = part.events, part.offsets, part.times
+        events, offsets, times, users = part.events, part.offsets, part.times, part.subjects()
         if kept is not None:
-            events, offsets, times = ([column[i] for i in kept] for column in (events, offsets, times))  # type: ignore[assignment]
+            events, offsets, times, users = ([c[i] for i in kept] for c in (events, offsets, times, users))  # type: ignore[assignment]
         self.events += events
         self._offset += offsets
         self._record_ms += times
-        self.user += [rows[event.user_id] for event in events]
+        self.user += [rows[user] for user in users]
 
     def read(self, weights: Weights, hashed: Callable[[str], int]) -> None:
         """Read what the fold and the entries need out of the events."""
@@ -254,21 +344,24 @@ class _Columns:
         for i in np.flatnonzero(kind == IMPRESSION).tolist():
             shown += [hashed(item) & 0xFFFFFFFF for item in events[i].shown]  # type: ignore[union-attr]
             shown_start[i + 1] = len(events[i].shown)  # type: ignore[union-attr]
-        self.ids = ["" if k == IMPRESSION else e.item_id for k, e in zip(kinds, events, strict=True)]  # type: ignore[union-attr]
+        self.ids = ["" if k >= IMPRESSION else e.item_id for k, e in zip(kinds, events, strict=True)]  # type: ignore[union-attr]
         self.ts = [event.ts for event in events]
         self.offset = np.array(self._offset, np.int64)
         self.value = np.array([value for _, _, value in meanings], np.float64)
+        # An erasure ends what was known when it was recorded, also where the clock of its sender was behind.
+        time = np.where(kind == ERASE, record_ms / 1000, np.minimum(np.array(self.ts, np.float64), record_ms / 1000))
         self.arrays = EventColumns(
             user=np.array(self.user, np.int64),
             kind=kind,
             item=np.array([hashed(text) if text else 0 for text in self.ids], np.uint64),
-            time=np.minimum(np.array(self.ts, np.float64), record_ms / 1000),
+            time=time,
             record_s=(record_ms // 1000).astype(np.uint32),
             event=np.array([0 if e.event_id is None else item_hash(e.event_id) for e in events], np.uint64),
             weight=np.array([weight for _, weight, _ in meanings], np.float64),
             slate=np.array([item_hash(e.slate_id) if e.slate_id else 0 for e in events], np.uint64),
             shown_start=np.cumsum(shown_start),
             shown=np.array(shown, np.uint32),
+            moved={i: events[i].moved() for i in np.flatnonzero(kind == MERGE).tolist()},  # type: ignore[union-attr]
         )
 
     def entries(self, folded: Folded, start: int, end: int, covered: tuple[int, int, int]) -> Entries:

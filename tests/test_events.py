@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from models.examples import ACTION, CLICK, DWELL, RATING
 from streaming.events import (
     Action,
+    Alias,
     Click,
     Dwell,
     EventError,
     Item,
+    Merge,
     Rating,
     Weights,
     decode,
@@ -84,9 +86,43 @@ def test_unknown_fields_are_never_fatal_and_new_ones_default() -> None:
     assert decode(newer) == Click(user_id="u", item_id="i", ts=1.75e9, v=2)
 
 
-def test_reserved_types_are_named_as_such() -> None:
-    with pytest.raises(EventError, match="reserved"):
-        decode(msgspec.msgpack.encode({"type": "erase", "user_id": "u", "ts": 1.0}))
+def test_only_an_alias_of_the_events_about_identity_comes_in_by_a_door() -> None:
+    alias = json.dumps({"type": "alias", "user_id": "u", "anonymous_id": "a", "ts": 1.75e9}).encode()
+    assert parse_json(alias) == Alias(user_id="u", anonymous_id="a", ts=1.75e9)
+    for kind in ("erase", "merge"):
+        with pytest.raises(EventError, match=r"\$\.type"):
+            parse_json(as_json(type=kind))
+    with pytest.raises(EventError, match="another id"):
+        parse_json(alias.replace(b'"a"', b'"u"'))
+    with pytest.raises(EventError, match=r"\$\.type"):
+        parse_inlet("clicks", alias, ("clicks", 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"source": None}, "$.source"),
+        ({"source": ("clicks", 0, 1)}, "$.source"),
+        ({"seen": b"abc"}, "$.seen"),
+        ({"entries": [(0, 1.0, 1, 1.0)]}, "$.entries[0]"),
+        ({"entries": [(1, float("nan"), 1, 1.0)]}, "$.entries[0]"),
+        ({"entries": [(1, 1.0, 6, 1.0)]}, "$.entries[0]"),
+        ({"entries": [(1, 1.0, 1, float("inf"))]}, "$.entries[0][3]"),
+        ({"entries": [(1, 1.0, 1, 1.0)] * 51}, "$.entries"),
+        ({"counters": [-1] * 8}, "$.counters"),
+        ({"counters": []}, "$.counters"),
+        ({"first_time": 2.0, "last_time": 1.0}, "$.first_time"),
+    ],
+)
+def test_a_merge_that_no_alias_made_cannot_reach_the_fold(changes: dict[str, object], where: str) -> None:
+    good: dict[str, object] = {
+        "type": "merge", "user_id": "u", "ts": 1.0, "source": ("alias", 0, 1), "entries": [(2**64 - 1, 1.0, 129, 1.0)],
+        "seen": b"abcd", "counters": [0] * 8, "first_time": 1.0, "last_time": 1.0,
+    }  # fmt: skip
+    assert isinstance(decode(msgspec.msgpack.encode(good)), Merge)
+    with pytest.raises(EventError) as caught:
+        decode(msgspec.msgpack.encode({**good, **changes}))
+    assert caught.value.where == where
 
 
 def test_an_inlet_fills_in_type_and_id() -> None:

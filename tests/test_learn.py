@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.examples import CLICK, ENTERS, RATING, SHOWN, VOICE, CodecError, Entries, concatenate, item_hash
-from models.profile import DEDUPE, SEEN, SEQUENCE, ProfileView, unpack
+from models.profile import DEDUPE, SEEN, SEQUENCE, FutureCodecError, ProfileView, unpack
 from streaming.events import Action, Click, Dwell, Event, Rating, View, Weights, encode, impression
 from streaming.learn import GapError, Outcome, UserFold, decode_part, users_of
 from streaming.state import MemoryUserStore
@@ -77,13 +77,16 @@ def test_golden_profile_bytes() -> None:
     folding = Folding()
     folding.feed(records(1, 200))
     stored = b"".join(value for _, value in sorted(folding.store.values.items()))
-    assert hashlib.sha256(stored).hexdigest() == "73e844a09d581744880bb2e5ee9352680c19363080eaa1045f2eaae997e75452"
+    assert hashlib.sha256(stored).hexdigest() == "b6fd60fdd789fafcf7a9f709893bcc103d5e44c57c74e42d49931b4b707d6dd2"
 
 
-@pytest.mark.parametrize("damage", [b"\x02" + bytes(80), b"\x01", b"\x01" + bytes(60), b"\x01\xff" + bytes(54)])
+@pytest.mark.parametrize(
+    "damage", [b"\x02" + bytes(80), b"\x01", b"\x01" + bytes(60), b"\x01\xff" + bytes(54), b"\x03", b"g" * 80]
+)
 def test_foreign_profiles_are_refused(damage: bytes) -> None:
-    with pytest.raises(CodecError, match="profile: expected version 1"):
+    with pytest.raises(CodecError, match="profile: expected version 1 to 2") as caught:
         unpack(damage, None)
+    assert not isinstance(caught.value, FutureCodecError)
     with pytest.raises(CodecError, match="seen list"):
         unpack(None, b"abc")
 

@@ -1,0 +1,371 @@
+"""The packed layout of a user profile, and the profiles of a micro-batch unpacked into arrays.
+
+Knows nothing about Kafka, Redis, event structs or item state.
+
+Profile layout, version 2, little endian; n <= 50 sequence entries, d <= 256 event hashes, s <= 4 slates:
+
+    version u8, n u8, s u8, 0 u8, d u16, 0 u16                              8 B
+    counters 8 x u32 (COUNTERS), first and last effective time f64         48 B
+    ended f64: effective time of the erasure or alias that ended it         8 B   (0: none; not in version 1)
+    sequence, oldest first: item u64, time f64, weight f32, kind u8        21 n   (kind | 0x80: this entry had a voice)
+    dedupe, oldest first: event hash u64, record time u32 (s)              12 d
+    slates, oldest first: slate u64, record time u32 (s), shown u8         13 s
+    shown items of each slate, by position: low 32 bits of the hash u32     4 each
+
+Version 1 has no `ended`; both are read, and which is written is a setting (a profile that was ended is always
+version 2). Events at or before `ended` are ignored. An ended profile keeps its dedupe window and nothing else, and is
+no profile to anybody until a later event starts it again.
+
+The seen list is a value of its own: at most 4,096 low 32-bit item hashes, oldest first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from models.examples import HISTORY, SLATES
+from models.examples import CodecError as CodecError
+from models.profile.folding import COUNTERS, fold_events
+
+VERSION: Final = 2
+SEQUENCE: Final = 50
+DEDUPE: Final = 256
+SLATE_ITEMS: Final = 24
+SEEN: Final = 4096
+WINDOW_S: Final = 24 * 3600
+"""Record time after which an event id or a slate is forgotten, s."""
+VOICE_S: Final = 3600.0
+"""Event time within which a user has one voice for an item (DESIGN section 3, rule 13), s."""
+HEADER_BYTES: Final = {1: 56, 2: 64}
+"""Bytes before the sequence, by version."""
+FUTURE: Final = 16
+"""First bytes from the next version up to this one are later codecs, anything beyond is foreign."""
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+
+
+class FutureCodecError(CodecError):
+    """Bytes of a codec that a later version of Freshet wrote: nothing is wrong with them, this build is too old."""
+
+
+@dataclass(slots=True)
+class ProfileView:
+    """A profile as a reader wants it: the sequence and slates newest first.
+
+    items u64[n], times f64[n] (s), kinds u8[n], weights f32[n]; seen u32[k]; slates (hash, record time, shown u32[]).
+    `known` is false for an unknown user and for one whose profile ended (at `ended`, s) and who did nothing since.
+    """
+
+    known: bool
+    ended: float
+
+    items: U64
+    times: F64
+    kinds: U8
+    weights: NDArray[np.float32]
+    seen: U32
+    counters: dict[str, int]
+    first_time: float
+    last_time: float
+    slates: list[tuple[int, int, U32]]
+
+
+class Profiles:
+    """The profiles of one micro-batch's users, unpacked into arrays; `u` users.
+
+    Made from the packed bytes the store gave (None for an unknown user), folded in place, packed again.
+    `codec` is the version that `pack` writes. Raises CodecError where bytes are foreign or truncated, FutureCodecError
+    where a later version wrote them.
+    """
+
+    def __init__(self, packed: list[bytes | None], seen: list[bytes | None], *, codec: int = VERSION) -> None:
+        u = len(packed)
+        self.codec = codec
+        self.exists = np.fromiter((p is not None for p in packed), np.bool_, u)
+        self.counters = np.zeros((u, 8), np.uint32)
+        self.times = np.zeros((u, 2))
+        self.ended = np.zeros((u, 1))
+        self.n = np.zeros(u, np.int64)
+        self.item = np.empty((u, SEQUENCE), np.uint64)
+        self.time = np.empty((u, SEQUENCE))
+        self.weight = np.empty((u, SEQUENCE), np.float32)
+        self.kind = np.empty((u, SEQUENCE), np.uint8)
+        self.d = np.zeros(u, np.int64)
+        self.event = np.empty((u, DEDUPE), np.uint64)
+        self.event_time = np.empty((u, DEDUPE), np.uint32)
+        self.s = np.zeros(u, np.int64)
+        self.slate = np.empty((u, SLATES), np.uint64)
+        self.slate_time = np.empty((u, SLATES), np.uint32)
+        self.slate_size = np.zeros((u, SLATES), np.uint8)
+        self.slate_items = np.empty((u, SLATES, SLATE_ITEMS), np.uint32)
+        self.seen_n = np.fromiter((len(b) // 4 if b else 0 for b in seen), np.int64, u)
+        self.seen = np.empty((u, SEEN), np.uint32)
+        self.changed_by = np.full(u, -1, np.int64)  # the last event of the micro-batch that changed the profile
+        self.seen_changed = np.zeros(u, np.bool_)
+        self._load(packed, seen)
+
+    def _load(self, packed: list[bytes | None], seen: list[bytes | None]) -> None:
+        lists = [stored for stored in seen if stored]
+        for size in map(len, lists):
+            if size % 4 or size > 4 * SEEN:
+                raise CodecError(f"seen list: expected at most {SEEN} hashes of 4 bytes, got {size} bytes")
+        _spread(np.frombuffer(b"".join(lists), "<u4"), self.seen_n, self.seen)
+        sizes = np.fromiter((len(p) if p else 0 for p in packed), np.int64, len(packed))
+        start = np.zeros(len(packed) + 1, np.int64)
+        np.cumsum(sizes, out=start[1:])
+        buffer = np.frombuffer(b"".join(p for p in packed if p), np.uint8)
+        bad = int(_unpack(buffer, start, *self._columns(), *self._byte_views()))
+        if bad >= 0:
+            raise _unreadable(packed[bad] or b"")
+        self.exists &= (self.ended[:, 0] == 0.0) | (self.times[:, 1] > 0.0)
+
+    def _columns(self) -> tuple[I64, I64, I64, U8]:
+        return self.n, self.d, self.s, self.slate_size
+
+    def _byte_views(self) -> tuple[U8, ...]:
+        columns = (
+            self.counters, self.times, self.ended, self.item, self.time, self.weight, self.kind, self.event,
+            self.event_time, self.slate, self.slate_time, self.slate_items.reshape(len(self.n), -1),
+        )  # fmt: skip
+        return tuple(column.view(np.uint8) for column in columns)
+
+    def pack(self, rows: I64) -> list[bytes]:
+        """Return the packed bytes of these users' profiles."""
+        versions = np.where(self.ended[rows, 0] > 0.0, VERSION, self.codec).astype(np.uint8)
+        sizes = (
+            np.where(versions == 1, HEADER_BYTES[1], HEADER_BYTES[2]) + 21 * self.n[rows] + 12 * self.d[rows]
+            + 13 * self.s[rows] + 4 * _shown_counts(self.s, self.slate_size, rows)
+        )  # fmt: skip
+        start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(sizes, out=start[1:])
+        buffer = np.zeros(int(start[-1]), np.uint8)
+        _pack(buffer, start, rows, versions, *self._columns(), *self._byte_views())
+        data, cuts = buffer.tobytes(), start.tolist()
+        return [data[a:b] for a, b in pairwise(cuts)]
+
+    def pack_seen(self, rows: I64) -> list[bytes]:
+        """Return the packed seen lists of these users."""
+        start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(self.seen_n[rows], out=start[1:])
+        buffer = np.empty(int(start[-1]), np.uint32)
+        _gather(buffer, rows, self.seen_n, self.seen)
+        data, cuts = buffer.tobytes(), (4 * start).tolist()
+        return [data[a:b] for a, b in pairwise(cuts)]
+
+    def fold(self, batch: EventColumns, out: Folded, first: int, last: int) -> None:
+        """Fold events first:last of a micro-batch, none about identity (models/identity.py), in order and in place."""
+        out.overflow += int(
+            fold_events(
+                first, last,
+                batch.user, batch.kind, batch.item, batch.time, batch.record_s, batch.event, batch.weight, batch.slate,
+                batch.shown_start, batch.shown,
+                self.exists, self.counters, self.times, self.ended, self.n, self.item, self.time, self.weight,
+                self.kind, self.d, self.event, self.event_time, self.s, self.slate, self.slate_time, self.slate_size,
+                self.slate_items, self.seen_n, self.seen, self.changed_by, self.seen_changed,
+                out.status, out.flags, out.slates, out.history_length, out.history_item, out.history_time,
+                out.history_kind,
+            )
+        )  # fmt: skip
+
+
+def _unreadable(head: bytes) -> CodecError:
+    got = f"got {len(head)} bytes starting {head[:8].hex()}"
+    if len(head) >= HEADER_BYTES[VERSION] and VERSION < head[0] < FUTURE:
+        return FutureCodecError(
+            f"profile: expected version 1 to {VERSION}, {got}: a later version of Freshet wrote it; run that one, or"
+            " set FRESHET_CODEC there to what this one reads and `freshet rebuild`"
+        )
+    return CodecError(f"profile: expected version 1 to {VERSION} with lengths that add up, {got}")
+
+
+@dataclass(slots=True)
+class EventColumns:
+    """A micro-batch of n events as columns; `user` is the row in Profiles; hashes are 0 where there is none.
+
+    user i64, kind u8, item u64, time f64 (effective, s), record_s u32 (record time, whole s), event u64, weight f64,
+    slate u64; an impression's shown items are shown[shown_start[i]:shown_start[i + 1]] u32.
+    """
+
+    user: I64
+    kind: U8
+    item: U64
+    time: F64
+    record_s: U32
+    event: U64
+    weight: F64
+    slate: U64
+    shown_start: I64
+    shown: U32
+    moved: dict[int, Moved] = field(default_factory=dict)
+    """What each merge (by its place in the batch) brings."""
+
+
+@dataclass(slots=True)
+class Moved:
+    """What an alias takes from one profile to another; counters u32[8], sequence oldest first, kinds with voice bit."""
+
+    items: U64
+    times: F64
+    weights: NDArray[np.float32]
+    kinds: U8
+    seen: U32
+    counters: U32
+    first_time: float
+    last_time: float
+
+
+@dataclass(slots=True)
+class Folded:
+    """What n folded events derive: status and flags u8[n], slates u64[n, 4], histories [n, 20] newest first."""
+
+    status: U8
+    flags: U8
+    slates: U64
+    history_length: U8
+    history_item: U64
+    history_time: F64
+    history_kind: U8
+    overflow: int = 0
+    """Event ids that left the dedupe window because a user had more than 256 of them in it."""
+    moved: dict[int, Moved] = field(default_factory=dict)
+    """What each alias (by its place in the batch) took from its anonymous profile."""
+
+    @classmethod
+    def of(cls, n: int) -> Folded:
+        """Return room for n events."""
+        return cls(
+            status=np.zeros(n, np.uint8), flags=np.zeros(n, np.uint8), slates=np.zeros((n, SLATES), np.uint64),
+            history_length=np.zeros(n, np.uint8), history_item=np.empty((n, HISTORY), np.uint64),
+            history_time=np.empty((n, HISTORY)), history_kind=np.empty((n, HISTORY), np.uint8),
+        )  # fmt: skip
+
+
+def unpack(profile: bytes | None, seen: bytes | None) -> ProfileView:
+    """Read one packed profile and seen list for a reader; an unknown user reads as an empty profile."""
+    one = Profiles([profile], [seen])
+    n, s = int(one.n[0]), int(one.s[0])
+    slates = [
+        (int(one.slate[0, i]), int(one.slate_time[0, i]), one.slate_items[0, i, : one.slate_size[0, i]])
+        for i in reversed(range(s))
+    ]
+    return ProfileView(
+        known=bool(one.exists[0]),
+        ended=float(one.ended[0, 0]),
+        items=one.item[0, :n][::-1],
+        times=one.time[0, :n][::-1],
+        kinds=one.kind[0, :n][::-1] & np.uint8(0x7F),
+        weights=one.weight[0, :n][::-1],
+        seen=one.seen[0, : int(one.seen_n[0])],
+        counters=dict(zip(COUNTERS, one.counters[0].tolist(), strict=True)),
+        first_time=float(one.times[0, 0]),
+        last_time=float(one.times[0, 1]),
+        slates=slates,
+    )
+
+
+def canonical(profiles: list[bytes]) -> list[bytes]:
+    """Return packed profiles as the newest version writes them: what two stores are compared by."""
+    read = Profiles(list(profiles), [None] * len(profiles))
+    return read.pack(np.arange(len(profiles)))
+
+
+@njit(cache=True)
+def _spread(flat, lengths, lists):  # type: ignore[no-untyped-def]  # fmt: skip
+    at = 0
+    for u in range(len(lengths)):
+        lists[u, : lengths[u]] = flat[at : at + lengths[u]]
+        at += lengths[u]
+
+
+@njit(cache=True)
+def _gather(flat, rows, lengths, lists):  # type: ignore[no-untyped-def]  # fmt: skip
+    at = 0
+    for u in rows:
+        flat[at : at + lengths[u]] = lists[u, : lengths[u]]
+        at += lengths[u]
+
+
+@njit(cache=True)
+def _shown_counts(s: I64, slate_size: U8, rows: I64) -> I64:
+    counts = np.zeros(len(rows), np.int64)
+    for i in range(len(rows)):
+        for j in range(s[rows[i]]):
+            counts[i] += slate_size[rows[i], j]
+    return counts
+
+
+@njit(cache=True)
+def _unpack(buffer, start, n, d, s, slate_size, counters, times, ended, item, time, weight, kind, event, event_time, slate, slate_time, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+    """Read packed profiles into rows; all columns are byte views. Returns the first bad row, or -1."""
+    for u in range(len(n)):
+        at, end = start[u], start[u + 1]
+        if at == end:
+            continue
+        if end - at < 56 or buffer[at] < 1 or buffer[at] > 2:
+            return u
+        header = 56 if buffer[at] == 1 else 64
+        n[u], s[u] = buffer[at + 1], buffer[at + 2]
+        d[u] = buffer[at + 4] + 256 * np.int64(buffer[at + 5])
+        if n[u] > 50 or s[u] > 4 or d[u] > 256 or end - at < header + 21 * n[u] + 12 * d[u] + 13 * s[u]:
+            return u
+        counters[u, :] = buffer[at + 8 : at + 40]
+        times[u, :] = buffer[at + 40 : at + 56]
+        if header == 64:
+            ended[u, :] = buffer[at + 56 : at + 64]
+        at += header
+        for column, width, count in (
+            (item, 8, n[u]), (time, 8, n[u]), (weight, 4, n[u]), (kind, 1, n[u]),
+            (event, 8, d[u]), (event_time, 4, d[u]), (slate, 8, s[u]), (slate_time, 4, s[u]),
+        ):  # fmt: skip
+            column[u, : width * count] = buffer[at : at + width * count]
+            at += width * count
+        for j in range(s[u]):
+            slate_size[u, j] = buffer[at + j]
+        at += s[u]
+        for j in range(s[u]):
+            size = 4 * np.int64(slate_size[u, j])
+            if size > 96 or at + size > end:
+                return u
+            slate_items[u, 96 * j : 96 * j + size] = buffer[at : at + size]
+            at += size
+        if at != end:
+            return u
+    return -1
+
+
+@njit(cache=True)
+def _pack(buffer, start, rows, versions, n, d, s, slate_size, counters, times, ended, item, time, weight, kind, event, event_time, slate, slate_time, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+    """Write rows as packed profiles, the inverse of _unpack."""
+    for i in range(len(rows)):
+        u, at = rows[i], start[i]
+        buffer[at], buffer[at + 1], buffer[at + 2] = versions[i], n[u], s[u]
+        buffer[at + 4], buffer[at + 5] = d[u] % 256, d[u] // 256
+        buffer[at + 8 : at + 40] = counters[u, :]
+        buffer[at + 40 : at + 56] = times[u, :]
+        at += 56
+        if versions[i] == 2:
+            buffer[at : at + 8] = ended[u, :]
+            at += 8
+        for column, width, count in (
+            (item, 8, n[u]), (time, 8, n[u]), (weight, 4, n[u]), (kind, 1, n[u]),
+            (event, 8, d[u]), (event_time, 4, d[u]), (slate, 8, s[u]), (slate_time, 4, s[u]),
+        ):  # fmt: skip
+            buffer[at : at + width * count] = column[u, : width * count]
+            at += width * count
+        for j in range(s[u]):
+            buffer[at + j] = slate_size[u, j]
+        at += s[u]
+        for j in range(s[u]):
+            size = 4 * np.int64(slate_size[u, j])
+            buffer[at : at + size] = slate_items[u, 96 * j : 96 * j + size]
+            at += size
