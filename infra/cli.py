@@ -76,7 +76,8 @@ def _explains_itself(error: Exception) -> bool:
     known = (("infra.stack", "StackError"), ("infra.kafka", "KafkaError"), ("infra.store", "StoreError"),
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
              ("streaming.replay", "ReplayError"), ("streaming.rebuild", "RebuildError"),
-             ("infra.proving.bench", "BenchError"), ("serving.keys", "KeysError"))  # fmt: skip
+             ("infra.proving.bench", "BenchError"), ("infra.proving.chaos", "ChaosError"),
+             ("serving.keys", "KeysError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
     return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
 
@@ -458,6 +459,15 @@ def _rebuild_and_dead_letters() -> None:
 
 
 _rebuild_and_dead_letters()
+
+
+def _chaos() -> None:
+    from infra.proving.verbs import add
+
+    add(app)
+
+
+_chaos()
 
 
 def _keys() -> None:

@@ -228,7 +228,7 @@ class Stack:
         with self._guard:
             child = self.children[name]
             child.wanted = False
-            child.process.stop()
+        child.process.stop()  # may take seconds, in which the others are watched
 
     def restart(self, name: str) -> None:
         """End one process in order, if it lives, and start it now."""
