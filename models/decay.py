@@ -21,6 +21,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from models.examples import CodecError
+
 HALF_LIVES: Final[tuple[float, ...]] = (120.0, 900.0, 7200.0, 86400.0, 604800.0, 2419200.0, 31536000.0, math.inf)
 """The grid, s."""
 NAMES: Final = ("2min", "15min", "2h", "1d", "7d", "28d", "1y", "none")
@@ -164,10 +166,14 @@ class Popularity:
         return self.totals.tobytes() + self.total_cells.tobytes() + self.last.tobytes()
 
     def load_totals(self, data: bytes) -> None:
-        """Read `pack_totals`."""
-        self.totals[:] = np.frombuffer(data, "<f8", GRID, 0)
+        """Read `pack_totals`; raises CodecError on other bytes, and changes nothing then."""
+        if len(data) != 104:
+            raise CodecError(f"totals of decayed counts: expected 104 bytes, got {len(data)}")
+        totals, last = np.frombuffer(data, "<f8", GRID, 0), np.frombuffer(data, "<f8", 1, 96)
+        if not (np.isfinite(totals).all() and (totals >= 0).all() and np.isfinite(last).all()):
+            raise CodecError(f"totals of decayed counts: expected finite numbers from 0 on, got {totals}, {last}")
+        self.totals[:], self.last[:] = totals, last
         self.total_cells[:] = np.frombuffer(data, "<i4", GRID, 64)
-        self.last[:] = np.frombuffer(data, "<f8", 1, 96)
 
 
 def grown(array: NDArray[Any], capacity: int, fill: float = 0) -> NDArray[Any]:

@@ -195,6 +195,11 @@ class Encoder:
             self._local = grown(self._local, capacity, -1)
             self._tensors = {}
 
+    def forget(self, rows: I64) -> None:
+        """Set these rows to what new ones are: vector, bias, squares."""
+        self.factors.forget(rows)
+        self.squares[rows], self.bias_squares[rows] = SQUARE, SMALL_SQUARE
+
     def step(self, targets: I64, history: I64, seed: int) -> tuple[float, I64]:
         """Take a step on target rows i64[b], histories i64[b, 20] (-1 = none); returns (summed loss, changed rows)."""
         self.grow()

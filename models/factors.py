@@ -11,6 +11,8 @@ A new item's vector is N(0, .05) drawn from its hash: every process gives it the
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from models.decay import grown
 from models.examples import CodecError
-from models.rows import Rows, find_row
+from models.rows import LEARNT, Rows, find_row
 
 DIM: Final = 64
 POSITIONS: Final = 20
@@ -179,6 +181,7 @@ class Factors:
         """Set the rows of `keys` u64[k] from `pack_rows` and return them."""
         values = read_rows(blobs, ROW, form=1)
         rows = self.rows.add(keys)
+        self.rows.hold(rows, LEARNT)
         self.grow()
         self.bias[rows], self.vectors[rows] = values["bias"], values["vector"]
         return rows
@@ -200,6 +203,23 @@ def read_rows(blobs: list[bytes], dtype: np.dtype[Any], *, form: int) -> NDArray
     return np.frombuffer(b"".join(blobs), dtype)
 
 
+def sound(
+    keys: Sequence[int], blobs: Sequence[bytes], dtype: np.dtype[Any], *, form: int
+) -> tuple[list[int], list[bytes], list[str]]:
+    """Return the rows that `read_rows` reads, and what is wrong with each of the others."""
+    good: list[int] = []
+    values: list[bytes] = []
+    bad: list[str] = []
+    for key, blob in zip(keys, blobs, strict=True):
+        if len(blob) == dtype.itemsize and blob[0] == 1 and blob[1] == form:
+            good.append(key)
+            values.append(blob)
+        else:
+            expected = f"expected version 1, form {form}, {dtype.itemsize} bytes"
+            bad.append(f"model row {key:016x}: {expected}, got {blob[:2].hex() or 'nothing'}, {len(blob)} bytes")
+    return good, values, bad
+
+
 def pack_named(values: dict[str, Any]) -> bytes:
     """Return named numpy arrays and plain values as versioned MessagePack; arrays keep dtype and shape."""
     plain = {
@@ -210,11 +230,41 @@ def pack_named(values: dict[str, Any]) -> bytes:
 
 
 def unpack_named(data: bytes) -> dict[str, Any]:
-    """Read `pack_named`; raises CodecError on another magic or version."""
+    """Read `pack_named`; raises CodecError on another magic or version, and on what is no such map."""
     if data[:2] != b"\xe7\x01":
         raise CodecError(f"dense weights: expected version 1, got {data[:2].hex() or 'nothing'}")
-    plain: dict[str, Any] = msgspec.msgpack.decode(data[2:])
-    return {
-        k: np.frombuffer(v["b"], v["t"]).reshape(v["s"]).copy() if isinstance(v, dict) and "t" in v else v
-        for k, v in plain.items()
-    }
+    try:
+        plain = msgspec.msgpack.decode(data[2:], type=dict[str, Any])
+        return {k: _array(v) if isinstance(v, dict) and "t" in v else v for k, v in plain.items()}
+    except (msgspec.MsgspecError, RecursionError, KeyError, TypeError, ValueError) as error:
+        raise CodecError(
+            f"dense weights: expected a map of named arrays, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _array(value: dict[str, Any]) -> NDArray[Any]:
+    if not re.fullmatch(r"[<|][fiu][1248]", value["t"]):
+        raise ValueError(f"an array of type {value['t'][:20]!r}")
+    return np.frombuffer(value["b"], value["t"]).reshape(value["s"]).copy()
+
+
+def fitted(values: dict[str, Any], name: str, like: NDArray[Any]) -> NDArray[Any]:
+    """Return a named array as one of the shape and type of `like`, finite; raises CodecError."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, which is asked below
+            array: NDArray[Any] = np.asarray(values[name], like.dtype)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CodecError(
+            f"dense weights: {name}: expected {like.dtype}, got {type(error).__name__}: {error}"
+        ) from error
+    if array.shape != like.shape or not np.isfinite(array).all():
+        raise CodecError(f"dense weights: {name}: expected finite {like.shape}, got {array.shape}")
+    return array
+
+
+def whole(values: dict[str, Any], name: str) -> int:
+    """Return a named whole number; raises CodecError."""
+    value = values.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise CodecError(f"dense weights: {name}: expected a whole number, got {value!r:.80}")
+    return value

@@ -42,12 +42,12 @@ def _no_hashes() -> U64:
 
 @dataclass(slots=True)
 class Folded:
-    """What one record came to: entries folded, rows changed i64, then hashes gone u64 and rows that lost them i64.
+    """What one record came to: new entries, rows changed i64; hashes gone u64 and the rows i64 that lost them.
 
     `aside` are (source partition, offset, reason, bytes) of entries not folded; `unread` says why no entry was.
     """
 
-    entries: int = 0
+    entries: Entries | None = None
     changed: I64 = field(default_factory=_no_rows)
     gone: U64 = field(default_factory=_no_hashes)
     moved: I64 = field(default_factory=_no_rows)
@@ -69,10 +69,9 @@ class ItemFold:
         """Fold the record at `next`; raises HoleError, and PoisonError where the fold itself fails."""
         out = Folded()
         try:
-            entries = accept(Entries.from_bytes(value), self.marks)
+            out.entries = accept(Entries.from_bytes(value), self.marks)
             if self.next not in self.skip:
-                out.changed = self.items.fold(entries)
-                out.entries = len(entries)
+                out.changed = self.items.fold(out.entries)
                 out.aside, self.items.aside = self.items.aside, []
         except CodecError as error:
             out.unread = str(error)

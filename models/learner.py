@@ -3,7 +3,9 @@
 One call learns one micro-batch, in order: impressions enter the join window; an outcome joins the newest of its slates
 whose logged candidates hold the item and trains the ranker on that list; every new entry of a user's sequence moves the
 prior mixture (online EM, rate .002, read before the item is counted), the decayed counts, and the encoder.
-State is a function of the entries, their micro-batches and the constructor's seed. Knows nothing about Kafka or Redis.
+State is a function of the entries, their micro-batches, what was let go when, and the constructor's seed. Where more
+items are learnt than may be, those whose two-minute count is least leave, which is to say: the least recently counted.
+Knows nothing about Kafka or Redis.
 """
 
 from __future__ import annotations
@@ -13,18 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import xxhash
 from numba import njit
 from numpy.typing import NDArray
 
 from models.decay import Popularity, add, at_time, grown, popularities
-from models.encoder import Encoder
-from models.examples import ENTERS, IMPRESSION, VIEW, Entries, Shown
-from models.factors import POSITIONS, cut, mix64, pack_named, read_rows, unpack_named
+from models.encoder import RECENT, Encoder
+from models.examples import ENTERS, IMPRESSION, VIEW, CodecError, Entries, Shown
+from models.factors import POSITIONS, cut, fitted, mix64, pack_named, read_rows, unpack_named, whole
 from models.model import STATE_FORM, STATE_ROW, Model
 from models.ranker import F
-from models.rows import Rows
+from models.rows import LEARNT, Rows
 
 MIXTURE_RATE: Final = 0.002
+ROOM: Final = 32
+"""Where items are too many, one in so many of the cap leaves beside those above it: not every step finds some."""
 WINDOW_S: Final = 3600.0
 """Stream time within which an outcome joins a slate, s."""
 WINDOW_SLATES: Final = 4096
@@ -85,7 +90,9 @@ class Learner:
         self.window: OrderedDict[int, Held] = OrderedDict()
         self.stream_time = -np.inf
         self.learnt = 0
+        self.collided = self.unreadable = 0
         self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._checks: NDArray[np.uint16] = np.zeros(0, np.uint16)
         self.grow()
 
     def grow(self) -> None:
@@ -93,10 +100,12 @@ class Learner:
         self.encoder.grow()
         self.popularity.grow(self.rows.capacity)
         self._touched = grown(self._touched, self.rows.capacity)
+        self._checks = grown(self._checks, self.rows.capacity)
 
     def learn(self, entries: Entries, origin: Origin = START) -> Learned:
         """Learn one micro-batch of entries, which came with the record that began at `origin`."""
         out = Learned()
+        entries = self._apart(entries)
         for slate, target in self._join(entries, origin):
             out.joined += 1
             self._rank(slate, target, out)
@@ -107,8 +116,42 @@ class Learner:
 
     def refill(self, entries: Entries, origin: Origin) -> None:
         """Let entries pass through the join window only: what a restart does before it goes on learning."""
-        for _ in self._join(entries, origin):
+        for _ in self._join(self._apart(entries), origin):
             pass
+
+    def _apart(self, entries: Entries) -> Entries:
+        """Leave out entries whose id is not that of the row their hash names: the item agent dead-letters them."""
+        keep, named = np.ones(len(entries), np.bool_), dict[int, int]()
+        rows = self.rows.find(entries.target).tolist()
+        for i, (key, row, text) in enumerate(zip(entries.target.tolist(), rows, entries.ids, strict=True)):
+            if text:
+                check = _check(text)
+                owner = (int(self._checks[row]) if row >= 0 else 0) or named.setdefault(key, check)
+                keep[i] = owner == check
+        self.collided += len(entries) - int(keep.sum())
+        return entries.take(keep)
+
+    def excess(self, most: int) -> int:
+        """Return how many learnt items are to leave where at most `most` may stay: a few more than are above it."""
+        learnt = len(self.rows.held_by(LEARNT))
+        return learnt - most + most // ROOM if learnt > most else 0
+
+    def let_go(self, count: int) -> U64:
+        """Forget the `count` items whose two-minute count is least, ties by hash; return the hashes of those that left.
+
+        Items among the last 4,096 targets stay: negatives are drawn from them.
+        """
+        may = self.rows.held_by(LEARNT)
+        may = may[~np.isin(may, self.encoder.ring[: min(self.encoder.pushed, RECENT)])]
+        # With a half-life of two minutes a count of a later cell (1.4 h) is the greater one: no exponential is needed.
+        counts, cells = self.popularity.weights[may, 0], self.popularity.cells[may, 0]
+        rows = may[np.lexsort((self.rows.keys[may], counts, cells))[: max(0, count)]]
+        keys = self.rows.keys[rows]
+        self.popularity.weights[rows], self.popularity.cells[rows] = 0.0, 0
+        self.encoder.forget(rows)
+        self._checks[rows], self._touched[rows] = 0, False
+        self.rows.release(rows, LEARNT)
+        return keys
 
     def window_origin(self) -> Origin | None:
         """Return where the oldest held slate's record begins: what a restart must read again; None if none is held."""
@@ -128,7 +171,10 @@ class Learner:
         for i, (kind, flags, time) in enumerate(rows):
             self.stream_time = max(self.stream_time, time)
             if kind == IMPRESSION:
-                self._hold(Shown.from_bytes(entries.extra[i]), origin)
+                try:
+                    self._hold(Shown.from_bytes(entries.extra[i]), origin)
+                except CodecError:  # the item agent dead-letters it
+                    self.unreadable += 1
             elif kind == VIEW or flags & ENTERS:
                 target = int(entries.target[i])
                 held = self._find(entries.slates[i].tolist(), target)
@@ -179,13 +225,16 @@ class Learner:
         history = np.full((len(entering), POSITIONS), -1, np.int64)
         _place(start, self.rows.add(keys), history)
         self.grow()
+        checks = [_check(entries.ids[i]) if entries.ids[i] else 0 for i in entering.tolist()]
+        np.maximum.at(self._checks, targets, np.array(checks, np.uint16))
         popularity = self.popularity
         _count(
             targets, entries.flags[entering], entries.time[entering], popularity.weights, popularity.cells,
-            popularity.totals, popularity.total_cells, popularity.last, self.model.mixture, float(self.rows.n),
+            popularity.totals, popularity.total_cells, popularity.last, self.model.mixture, float(self.rows.known),
         )  # fmt: skip
         loss, changed = self.encoder.step(targets, history, self.step_seed(entries))
         self._touched[changed] = True
+        self.rows.hold(changed, LEARNT)
         self.learnt += len(entering)
         out.entered += len(entering)
         out.encoder_loss += loss
@@ -199,7 +248,7 @@ class Learner:
         """Return these rows with optimiser state and counts, 368 B each; `Model.load_rows` reads them too."""
         out = np.zeros(len(rows), STATE_ROW)
         factors = self.model.factors
-        out["version"], out["form"] = 1, STATE_FORM
+        out["version"], out["form"], out["check"] = 1, STATE_FORM, self._checks[rows]
         out["bias"], out["vector"] = factors.bias[rows], factors.vectors[rows]
         out["square"], out["bias_square"] = self.encoder.squares[rows], self.encoder.bias_squares[rows]
         out["weights"], out["cells"] = self.popularity.weights[rows], self.popularity.cells[rows]
@@ -209,7 +258,9 @@ class Learner:
         """Set rows of `keys` u64[k] from `pack_state` and return them; raises CodecError."""
         values = read_rows(blobs, STATE_ROW, form=STATE_FORM)
         rows = self.rows.add(keys)
+        self.rows.hold(rows, LEARNT)
         self.grow()
+        self._checks[rows] = values["check"]
         factors = self.model.factors
         factors.bias[rows], factors.vectors[rows] = values["bias"], values["vector"]
         self.encoder.squares[rows], self.encoder.bias_squares[rows] = values["square"], values["bias_square"]
@@ -223,7 +274,7 @@ class Learner:
             {
                 **self.model.dense(),
                 "seed": self.seed, "learnt": self.learnt, "stream_time": float(self.stream_time),
-                "totals": self.popularity.pack_totals(), "known": self.rows.n,
+                "totals": self.popularity.pack_totals(), "known": self.rows.known,
                 "ring": self.rows.keys[encoder.ring[: encoder.pushed]], "pushed": encoder.pushed,
                 "start_square": encoder.start_square, "position_squares": encoder.position_squares,
                 "gradient": encoder.gradient, "moment": encoder.moment, "moment2": encoder.moment2,
@@ -232,20 +283,31 @@ class Learner:
         )  # fmt: skip
 
     def load_dense(self, data: bytes) -> None:
-        """Read `dense_state`; the join window is refilled from `examples`, see `refill`."""
+        """Read `dense_state`; the join window is refilled from `examples`, see `refill`. Raises CodecError."""
         values: dict[str, Any] = unpack_named(data)
-        self.model.set_dense(values)
         encoder = self.encoder
-        self.seed, self.learnt = int(values["seed"]), int(values["learnt"])
-        self.stream_time = float(values["stream_time"])
-        self.popularity.load_totals(values["totals"])
-        ring = self.rows.add(values["ring"])
+        numbers = {name: whole(values, name) for name in ("seed", "learnt", "pushed", "pending", "adam_steps")}
+        names = ("start_square", "position_squares", "gradient", "moment", "moment2")
+        arrays = {name: fitted(values, name, getattr(encoder, name)) for name in names}
+        stream_time, totals = values.get("stream_time"), values.get("totals")
+        if not isinstance(stream_time, float) or not isinstance(totals, bytes):
+            raise CodecError(f"dense state: expected stream_time and totals, got {stream_time!r:.40}, {totals!r:.40}")
+        ring = fitted(values, "ring", np.empty(max(0, min(numbers["pushed"], len(encoder.ring))), np.uint64))
+        self.model.set_dense(values)
+        self.popularity.load_totals(totals)
+        self.seed, self.learnt, self.stream_time = numbers["seed"], numbers["learnt"], stream_time
+        rows = self.rows.add(ring)
         self.grow()
-        encoder.ring[: len(ring)] = ring
-        encoder.pushed, encoder.pending = int(values["pushed"]), int(values["pending"])
-        encoder.adam_steps = int(values["adam_steps"])
-        for name in ("start_square", "position_squares", "gradient", "moment", "moment2"):
-            getattr(encoder, name)[...] = values[name]
+        encoder.ring[: len(rows)] = rows
+        encoder.pushed, encoder.pending = numbers["pushed"], numbers["pending"]
+        encoder.adam_steps = numbers["adam_steps"]
+        for name, array in arrays.items():
+            getattr(encoder, name)[...] = array
+
+
+def _check(text: str) -> int:
+    """Return 16 bits of an id beside its 64-bit name, never 0: what tells two ids with one name apart."""
+    return xxhash.xxh32_intdigest(text.encode()) & 0xFFFF or 1
 
 
 @njit(cache=True)

@@ -12,17 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.decay import GRID
-from models.factors import DIM, Factors, pack_named, read_rows, unpack_named
+from models.examples import CodecError
+from models.factors import DIM, Factors, fitted, pack_named, read_rows, unpack_named, whole
 from models.ranker import FEATURES, Ranker
-from models.rows import Rows
+from models.rows import LEARNT, Rows
 
 STATE_ROW: Final = np.dtype(
     [
-        ("version", "u1"), ("form", "u1"), ("zero", "u2"), ("bias", "<f4"), ("square", "<f4"), ("bias_square", "<f4"),
+        ("version", "u1"), ("form", "u1"), ("check", "u2"), ("bias", "<f4"), ("square", "<f4"), ("bias_square", "<f4"),
         ("vector", "<f4", (DIM,)), ("weights", "<f8", (GRID,)), ("cells", "<i4", (GRID,)),
     ]
 )  # fmt: skip
-"""A row as the learner stores it, 368 B: version 1, form 2; vector, optimiser squares, decayed counts."""
+"""A row as the learner stores it, 368 B: version 1, form 2; check of the id (0: not known), vector, squares, counts."""
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -54,19 +55,32 @@ class Model:
         }  # fmt: skip
 
     def set_dense(self, values: dict[str, Any]) -> None:
-        """Copy named values into the weights; ranker weights go by feature name, new ones keep their birth value."""
+        """Copy named values into the weights; ranker weights go by feature name, new ones keep their birth value.
+
+        Raises CodecError where one is missing or of another shape, and changes nothing then.
+        """
         factors, ranker = self.factors, self.ranker
-        self.step = int(values["step"])
-        self.mixture[:] = values["mixture"]
-        for name in ("positions", "start", "both"):
-            getattr(factors, name)[...] = values[name]
-        stored = {name: i for i, name in enumerate(values["features"])}
+        step, names = whole(values, "step"), values.get("features")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CodecError(f"dense weights: features: expected a list of names, got {names!r:.80}")
+        targets = {
+            "mixture": self.mixture, "positions": factors.positions, "start": factors.start, "both": factors.both,
+            "lists": ranker.lists,
+        }  # fmt: skip
+        found = {name: fitted(values, name, target) for name, target in targets.items()}
+        by_feature = {
+            "ranker": ranker.weights, "ranker_squares": ranker.squares, "mean": ranker.mean,
+            "variance": ranker.variance,
+        }  # fmt: skip
+        columns = {name: fitted(values, name, np.empty(len(names), to.dtype)) for name, to in by_feature.items()}
+        self.step = step
+        for name, target in targets.items():
+            target[...] = found[name]
+        stored = {name: i for i, name in enumerate(names)}
         for place, name in enumerate(FEATURES):
             if name in stored:
-                at = stored[name]
-                ranker.weights[place], ranker.squares[place] = values["ranker"][at], values["ranker_squares"][at]
-                ranker.mean[place], ranker.variance[place] = values["mean"][at], values["variance"][at]
-        ranker.lists[:] = values["lists"]
+                for column, target in by_feature.items():
+                    target[place] = columns[column][stored[name]]
 
     def dense_bytes(self) -> bytes:
         """Pack everything that is not per item."""
@@ -74,11 +88,23 @@ class Model:
 
     def load_dense(self, data: bytes) -> None:
         """Read `dense_bytes`, or a learner's dense state, of which this is a part; raises CodecError."""
-        self.set_dense(unpack_named(data))
+        values = unpack_named(data)
+        try:
+            self.set_dense(values)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise CodecError(f"dense weights: {type(error).__name__}: {error}") from error
 
     def pack_rows(self, rows: I64) -> list[bytes]:
         """Return what scoring needs of these rows, 136 B each."""
         return self.factors.pack_rows(rows)
+
+    def remove(self, keys: U64) -> None:
+        """Forget what was learnt of the items with these hashes u64[k]."""
+        rows = np.unique(self.rows.find(keys))
+        rows = rows[rows >= 0]
+        self.factors.grow()
+        self.factors.forget(rows)
+        self.rows.release(rows, LEARNT)
 
     def load_rows(self, keys: U64, blobs: list[bytes]) -> I64:
         """Set rows of `keys` u64[k] from either row form and return them; raises CodecError."""
@@ -86,6 +112,7 @@ class Model:
             return self.factors.load_rows(keys, blobs)
         values = read_rows(blobs, STATE_ROW, form=STATE_FORM)
         rows = self.rows.add(keys)
+        self.rows.hold(rows, LEARNT)
         self.factors.grow()
         self.factors.bias[rows], self.factors.vectors[rows] = values["bias"], values["vector"]
         return rows
