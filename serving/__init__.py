@@ -9,6 +9,7 @@ Files, from the door inwards:
     keys         API keys: their file, their scopes, their rates
     overload     how much this process takes on at once, and when it says 429
     messages     what comes in and goes out, and how it is refused
+    erasure      forgetting a user, and the receipt
     ingest       events and catalogue entries -> the log
     lookup       a slate, similar, popular
     introspect   health, metrics, settings, state: the system explains itself

@@ -14,8 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from infra.telemetry import HTTP_SECONDS, Telemetry
-from serving import ingest, introspect, lookup
+from serving import erasure, ingest, introspect, lookup
 from serving.doors import Door, Handler, docs_page
+from serving.erasure import Receipt
 from serving.messages import (
     Accepted,
     ItemsAnswer,
@@ -28,15 +29,21 @@ from serving.messages import (
     problem_response,
 )  # fmt: skip
 from serving.parts import Parts
-from streaming.events import Interaction, Item
+from streaming.events import Item, Posted
 
 PartsHandler = Callable[[Parts, Request], Awaitable[Response]]
 
 _EVENTS = (
-    "One event or a list of at most 1,000, of type click, dwell, rating, action or view; body at most 1 MB, at most "
-    "256 events of one user. One invalid object is a 422; each object of a list has its verdict. The answer comes "
+    "One event or a list of at most 1,000, of type click, dwell, rating, action, view or alias; body at most 1 MB, at "
+    "most 256 events of one user. One invalid object is a 422; each object of a list has its verdict. The answer comes "
     "after Kafka acknowledged with acks=all, and carries a position token for `after=`. An event without event_id "
-    "gets one, but then a retry is not recognised as a repeat."
+    "gets one, but then a retry is not recognised as a repeat. An alias moves what is known of `anonymous_id` to "
+    "`user_id`, once; what the anonymous id does afterwards is a new anonymous profile."
+)
+_ERASURE = (
+    "Appends an erasure to the log: the profile ends where it is folded, events of before that arrive later are "
+    "ignored, later ones start anew. The receipt says what ends when. Other ids of the same person are users of their "
+    "own: erase them too (an anonymous id that was aliased has ended already)."
 )
 _LOOKUP = (
     "One Redis round trip for the profile, then arrays in this process. `after` waits until the profile holds the "
@@ -56,7 +63,7 @@ def _v1(parts: Parts) -> list[Door]:
 
     user, item = "/v1/recommendations/{user_id:path}", "/v1/items/{item_id:path}"
     return [
-        door("POST", "/v1/events", ingest.post_events, "Append events", "events", body=Interaction | list[Interaction],
+        door("POST", "/v1/events", ingest.post_events, "Append events", "events", body=Posted | list[Posted],
              answer=Accepted, status=202, problems=(408, 413, 422, 503), notes=_EVENTS),
         door("GET", user, lookup.recommendations, "A slate for a user", "recommendations", query=LookupQuery,
              answer=LookupAnswer, problems=(422,), notes=_LOOKUP),
@@ -76,6 +83,8 @@ def _v1(parts: Parts) -> list[Door]:
              problems=(422, 503), notes="It leaves every slate within a second; a later PUT brings it back."),
         door("GET", "/v1/users/{user_id:path}", introspect.get_user, "What is known of a user", "users",
              answer=dict[str, Any], problems=(422, 503)),
+        door("DELETE", "/v1/users/{user_id:path}", erasure.delete_user, "Forget a user", "users", answer=Receipt,
+             status=202, problems=(422, 429, 503), notes=_ERASURE),
     ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from infra.settings import Settings
 from infra.telemetry import EVENT_SKEW, EVENTS_RECEIVED
 from serving.messages import (
     MAX_LIST,
@@ -90,6 +91,15 @@ def read_event(value: msgspec.Raw, now: float) -> events.Posted:
     return event
 
 
+def needs_endings(settings: Settings) -> None:
+    """Raise Problem 503 where profiles are written in a version that cannot say that one ended."""
+    if settings.codec < 2:
+        raise Problem(
+            503, "setting codec", "2: only that version of a profile can say that it ended", str(settings.codec),
+            do="set FRESHET_CODEC=2 for the workers and the API once no process of the release before runs, then again",
+        )  # fmt: skip
+
+
 def _problem(error: EventError) -> Problem:
     return Problem(422, "body" + error.where.removeprefix("$"), error.expected, error.got)
 
@@ -127,6 +137,8 @@ async def _read_events(
                 raise _problem(error) from error
             verdicts.append(Verdict(index, "rejected", reason=str(error)))
             continue
+        if isinstance(event, events.Alias):
+            needs_endings(parts.settings)
         types[type(event).__name__.lower()] += 1
         users[user := events.subject(event)] += 1
         if users[user] > MAX_USER_EVENTS:

@@ -193,7 +193,7 @@ async def get_user(parts: Parts, request: Request) -> Response:
     return json_response(
         {
             "user_id": user,
-            "known": read.profiles[0] is not None,
+            "known": view.known,
             "problem": problem,
             "partition": partition,
             "applied": read.applied,
@@ -219,11 +219,15 @@ def _sequence(live: Live, view: ProfileView, now: float) -> list[dict[str, Any]]
         age = max(0.0, now - at)
         entries.append(
             {
-                **_named(live, row, key), "kind": KIND_NAMES[kind], "time": at, "weight": round(weight, 4),
+                **_named(live, row, key), "kind": _kind(kind), "time": at, "weight": round(weight, 4),
                 "decay": {name: round(0.5 ** (age / half), 4) for name, half in WEIGHT_HALF_LIVES_S.items()},
             }
         )  # fmt: skip
     return entries
+
+
+def _kind(kind: int) -> str:
+    return KIND_NAMES[kind] if kind < len(KIND_NAMES) else f"unknown ({kind})"
 
 
 def _named(live: Live, row: int, key: int) -> dict[str, Any]:
