@@ -53,7 +53,7 @@ def not_ready(parts: Parts) -> list[str]:
     reasons = []
     if not parts.warm:
         reasons.append("code: still compiling")
-    if parts.snapshot.degraded:
+    if parts.snapshot.behind:
         reasons.append(f"Redis: {parts.snapshot.reason}")
     if parts.log_problem:
         reasons.append(f"Kafka: {parts.log_problem}")

@@ -13,14 +13,18 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from models.examples import item_hash
+from models.examples import CodecError, item_hash
+from models.factors import ROW
+from models.factors import sound as sound_vectors
 from models.items import CatalogueItem, Items
-from models.model import Model
+from models.items import sound as sound_items
+from models.model import STATE_FORM, STATE_ROW, Model
 from models.rows import Rows
 from streaming import events
 from streaming.state import (
@@ -45,6 +49,8 @@ LOAD_ROWS: Final = 512
 BLOCK_MS: Final = 500
 MAX_PENDING: Final = 64
 """Parts of a model step, of about 1 MB each, that wait for its end; with more the whole model is loaded instead."""
+SERVED_FORM: Final = 1
+"""Form of the model rows in the feed; Redis holds the learner's."""
 POINTER_S: Final = 1.0
 BACK_OFF_S: Final = (0.05, 2.0)
 _LAST_SEQUENCE: Final = 2**64 - 1
@@ -66,6 +72,8 @@ class Live:
     items_position: int = 0
     catalogue_position: int = 0
     model_position: int = 0
+    bad: dict[tuple[str, int], str] = field(default_factory=dict)
+    """What could not be read, by (kind, item hash), with the reason: left out until it is written anew."""
 
     @classmethod
     def empty(cls, *, require_catalogue: bool = False) -> Live:
@@ -81,11 +89,13 @@ class Live:
             self.set_items(delta.keys, delta.values)
             self.catalogue_position = max(self.catalogue_position, delta.next)
             return True
-        if not _is_next("item feed", delta, self.items_position):
-            return False
-        self.items.load(np.asarray(delta.keys, np.uint64), list(delta.values))
+        if delta.kind != "rows" or not _is_next("item feed", delta, self.items_position):
+            return False  # an entry that is no delta: if it was one once, the next one finds the hole
+        if delta.gone:
+            self.items.remove(np.asarray(delta.gone, np.uint64))
+        self.set_rows(delta.keys, delta.values)
         if delta.dense:
-            self.items.load_totals(delta.dense)
+            self.read("totals", self.items.load_totals, delta.dense)
         self.items_position = delta.next
         return True
 
@@ -93,19 +103,55 @@ class Live:
         """Write a whole model step in place; False where it was known already, raises Stale at a hole."""
         if not _is_next("model feed", end, self.model_position):
             return False
+        if end.parts not in (-1, len(parts)):
+            raise Stale(f"model feed: step {end.step} has {end.parts} parts, got {len(parts)}: the others were trimmed")
         for part in parts:
-            self.model.load_rows(np.asarray(part.keys, np.uint64), list(part.values))
+            self.set_vectors(part.keys, part.values, form=SERVED_FORM)
+        if end.gone:
+            self.model.remove(np.asarray(end.gone, np.uint64))
         if end.dense:
-            self.model.load_dense(end.dense)
+            self.read("weights", self.model.load_dense, end.dense)
         self.model_position = end.next
         return True
 
+    def set_rows(self, keys: Sequence[int], values: Sequence[bytes]) -> None:
+        """Write packed item rows; what is none is left out and noted."""
+        good, blobs, wrong = sound_items(keys, values)
+        self._note("item row", keys, good, wrong)
+        self.items.load(np.asarray(good, np.uint64), blobs)
+
+    def set_vectors(self, keys: Sequence[int], values: Sequence[bytes], *, form: int) -> None:
+        """Write packed model rows of one form; what is none is left out and noted."""
+        good, blobs, wrong = sound_vectors(keys, values, STATE_ROW if form == STATE_FORM else ROW, form=form)
+        self._note("model row", keys, good, wrong)
+        self.model.load_rows(np.asarray(good, np.uint64), blobs)
+
     def set_items(self, keys: Sequence[int], values: Sequence[bytes]) -> None:
-        """Write catalogue entries (MessagePack, as in the topic `items`)."""
+        """Write catalogue entries (MessagePack, as in the topic `items`); what is none is left out and noted."""
         for key, value in zip(keys, values, strict=True):
-            text = events.decode_item(value).item_id
+            try:
+                text, item = events.decode_item(value).item_id, _catalogue_item.decode(value)
+            except (events.EventError, msgspec.MsgspecError) as error:
+                self.bad["catalogue entry", key] = f"catalogue entry {key:016x}: {error}"
+                continue
+            self.bad.pop(("catalogue entry", key), None)
             if item_hash(text) == key:
-                self.items.set_item(key, text, _catalogue_item.decode(value))
+                self.items.set_item(key, text, item)
+
+    def read(self, what: str, load: Callable[[bytes], None], data: bytes) -> None:
+        """Load one value; where it cannot be read the old one stays, and it is noted."""
+        try:
+            load(data)
+            self.bad.pop((what, 0), None)
+        except CodecError as error:
+            self.bad[what, 0] = str(error)
+
+    def _note(self, kind: str, keys: Sequence[int], good: Sequence[int], wrong: Sequence[str]) -> None:
+        if self.bad:
+            for key in good:
+                self.bad.pop((kind, key), None)
+        if wrong:
+            self.bad.update(zip(((kind, key) for key in keys if key not in set(good)), wrong, strict=False))
 
 
 def _is_next(name: str, delta: Delta, position: int) -> bool:
@@ -138,15 +184,31 @@ class Snapshot:
         self.item_feed, self.model_feed = FeedState(), FeedState()
         self.loaded = self.connected = False
         self.reloads = 0
-        self.reason = "not loaded yet"
+        self._reason = "not loaded yet"
         self._task: asyncio.Task[None] | None = None
         self._over, self._stopping = asyncio.Event(), False
         self._use(Keys(namespace))
 
     @property
-    def degraded(self) -> bool:
+    def behind(self) -> bool:
         """Whether answers come from arrays that may be behind: Redis does not answer, or nothing was loaded yet."""
         return not (self.loaded and self.connected)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether answers lack something: the arrays may be behind, or some of what Redis holds cannot be read."""
+        return self.behind or bool(self.live.bad)
+
+    @property
+    def reason(self) -> str:
+        """Why answers are degraded; empty where they are not."""
+        if self.behind or not self.live.bad:
+            return self._reason
+        first = next(iter(self.live.bad.values()))
+        return (
+            f"{len(self.live.bad)} values in Redis cannot be read and are left out ({first}): run the build that wrote"
+            " them, or `freshet rebuild --switch`"
+        )
 
     def _use(self, keys: Keys) -> None:
         self.keys = keys
@@ -219,7 +281,7 @@ class Snapshot:
         if self.connected:
             log.warning("Redis: %s: %s; answering from the arrays in process", type(error).__name__, error)
         self.connected = False
-        self.reason = f"{type(error).__name__}: {error}"
+        self._reason = f"{type(error).__name__}: {error}"
 
     async def load(self) -> None:
         """Load everything and swap it in; raises what Redis or the codecs raise."""
@@ -228,26 +290,30 @@ class Snapshot:
             self._use(keys)
         live = Live.empty(require_catalogue=self._require_catalogue)
         tops = [await feed_top(self._feeds, key) for key in (keys.item_feed, keys.model_feed)]
-        head, rows = await self._items.load()
-        await _in_pieces(rows, lambda k, v: live.items.load(np.asarray(k, np.uint64), v))
-        await _in_pieces(await self._items.load_catalogue(), live.set_items)
+        wrong: list[str] = []
+        head, rows = await self._items.load(wrong)
+        await _in_pieces(rows, live.set_rows)
+        await _in_pieces(await self._items.load_catalogue(wrong), live.set_items)
         if totals := head.get("totals"):
-            live.items.load_totals(totals)
+            live.read("totals", live.items.load_totals, totals)
         live.items_position = int(head.get("next", 0))
         live.catalogue_position = int(head.get("catalogue", 0))
-        head, rows = await self._models.load()
-        await _in_pieces(rows, lambda k, v: live.model.load_rows(np.asarray(k, np.uint64), v))
+        head, rows = await self._models.load(wrong)
+        await _in_pieces(rows, partial(live.set_vectors, form=STATE_FORM))
         if dense := head.get("dense"):
-            live.model.load_dense(dense)
+            live.read("weights", live.model.load_dense, dense)
         live.model_position = int(head.get("next", 0))
+        live.bad.update((("key", at), problem) for at, problem in enumerate(wrong))
+        for problem in list(live.bad.values())[:10]:
+            log.error("left out: %s", problem)
         self.live = live
         self.item_feed = FeedState(_before(tops[0], live.items_position), at=time.time())
         self.model_feed = FeedState(_before(tops[1], live.model_position), at=time.time())
         self.loaded = self.connected = True
-        self.reason = ""
+        self._reason = ""
         gc.collect()
         gc.freeze()
-        log.info("loaded %d items, model step %d", live.items.n, live.model.step)
+        log.info("loaded %d items, model step %d", live.items.rows.known, live.model.step)
 
     async def _follow(self) -> None:
         """Follow feeds and pointer until one of them fails. The client may swallow a cancellation: hence `over`."""
@@ -277,7 +343,8 @@ class Snapshot:
                     feed.pending.clear()
                     _count(feed, entry_id, self.live.apply_step(parts, delta))
                 else:
-                    feed.pending.append(delta)
+                    if delta.kind == "vectors":
+                        feed.pending.append(delta)
                     feed.last_id = entry_id
                     if len(feed.pending) > MAX_PENDING:
                         raise Stale(f"model feed: expected the end of a step within {MAX_PENDING} parts, got none")
@@ -285,7 +352,7 @@ class Snapshot:
 
     async def _read(self, key: str, feed: FeedState) -> list[tuple[str, Delta]]:
         entries = await read_feed(self._feeds, key, feed.last_id, block_ms=BLOCK_MS, count=16)
-        self.connected, self.reason = True, ""
+        self.connected, self._reason = True, ""
         return entries
 
     async def _follow_pointer(self, over: asyncio.Event) -> None:
@@ -301,7 +368,9 @@ class Snapshot:
         return {
             "loaded": self.loaded, "connected": self.connected, "degraded": self.degraded, "reason": self.reason,
             "generation": self.keys.generation, "reloads": self.reloads,
-            "items": {"rows": live.items.n, "catalogue": len(live.items.catalogue), "position": live.items_position,
+            "bad": len(live.bad), "bad_first": list(live.bad.values())[:10],
+            "items": {"rows": live.items.rows.known, "catalogue": len(live.items.catalogue),
+                      "position": live.items_position,
                       "catalogue_position": live.catalogue_position, "feed": _feed_state(self.item_feed)},
             "model": {"step": live.model.step, "position": live.model_position, "feed": _feed_state(self.model_feed)},
         }  # fmt: skip

@@ -452,9 +452,9 @@ class ItemStore(RowStore):
         super().__init__(client, keys.item_applied, keys.item_rows, keys.item_feed, feed_bytes)
         self.keys = keys
 
-    async def load_catalogue(self) -> list[tuple[int, bytes]]:
-        """Return every catalogue entry as (item hash, MessagePack)."""
-        return [row async for row in self.scan(self.keys.item_catalogue)]
+    async def load_catalogue(self, bad: list[str] | None = None) -> list[tuple[int, bytes]]:
+        """Return every catalogue entry as (item hash, MessagePack); what is none: see `load`."""
+        return [row async for row in self.scan(self.keys.item_catalogue, bad)]
 
     async def commit_catalogue(self, following: int, keys: Sequence[int], values: Sequence[bytes]) -> None:
         """Write catalogue entries and the next offset of `items` in one transaction; a repeat is harmless."""

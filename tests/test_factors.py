@@ -165,7 +165,7 @@ def test_decayed_embeddings() -> None:
 
 def test_scoring_does_not_import_torch() -> None:
     code = (
-        "import sys, models.recommend, models.learner, models.model, streaming.embeddings;"
+        "import sys, models.recommend, models.learner, models.model, streaming.users.embeddings;"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,10 +14,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.model import Model
+from models.factors import ROW, sound
+from models.model import STATE_FORM, STATE_ROW, Model
 from models.profile import Profiles
 from models.rows import Rows
-from streaming.state import Keys, ModelStore, StoreUnavailable, feed_top, read_feed
+from streaming.state import Delta, Keys, ModelStore, StoreUnavailable, feed_top, read_feed
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ class LiveEmbeddings:
 
     def __init__(self, client: Any, keys: Keys) -> None:
         self._client, self._keys = client, keys
-        self._rows = Rows()
-        self._model = Model(rows=self._rows)
+        self._model = Model(rows=Rows())
+        self._position = 0
         self.step = 0
 
     def embed(self, profiles: Profiles, picked: NDArray[np.int64]) -> list[bytes]:
@@ -49,17 +50,32 @@ class LiveEmbeddings:
                 last = last or await self._load()
                 for entry_id, delta in await read_feed(self._client, self._keys.model_feed, last, block_ms=2000):
                     last = entry_id
-                    if delta.keys:
-                        self._model.load_rows(np.array(delta.keys, np.uint64), list(delta.values))
-                    self.step = delta.step
+                    if not self._apply(delta):
+                        last = ""
+                        break
             except StoreUnavailable as error:
                 log.warning("model feed: Redis does not answer (%s)", error)
                 last = ""
                 await asyncio.sleep(1.0)
 
+    def _apply(self, delta: Delta) -> bool:
+        """Write a delta in place; False at a hole: the feed was trimmed, everything is to be loaded again."""
+        if delta.kind == "vectors":
+            keys, values, _ = sound(delta.keys, delta.values, ROW, form=1)
+            self._model.load_rows(np.array(keys, np.uint64), values)
+        elif delta.kind == "step":
+            if delta.first > self._position:
+                return False
+            self._model.remove(np.array(delta.gone, np.uint64))
+            self._position, self.step = max(self._position, delta.next), delta.step
+        return True
+
     async def _load(self) -> str:
+        """Load what Redis holds, rows that cannot be read left out: serving tells of them."""
         top = await feed_top(self._client, self._keys.model_feed)
-        _, rows = await ModelStore(self._client, self._keys).load()
-        if rows:
-            self._model.load_rows(np.array([key for key, _ in rows], np.uint64), [value for _, value in rows])
+        head, rows = await ModelStore(self._client, self._keys).load([])
+        keys, values, _ = sound([key for key, _ in rows], [value for _, value in rows], STATE_ROW, form=STATE_FORM)
+        self._model = Model(rows=Rows())
+        self._model.load_rows(np.array(keys, np.uint64), values)
+        self._position = int(head.get("next", 0))
         return top
