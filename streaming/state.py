@@ -456,13 +456,25 @@ class ItemStore(RowStore):
         """Return every catalogue entry as (item hash, MessagePack); what is none: see `load`."""
         return [row async for row in self.scan(self.keys.item_catalogue, bad)]
 
-    async def commit_catalogue(self, following: int, keys: Sequence[int], values: Sequence[bytes]) -> None:
-        """Write catalogue entries and the next offset of `items` in one transaction; a repeat is harmless."""
-        pipe = self.client.pipeline(transaction=True)
-        for bucket, flat in _bucketed(keys, values).items():
-            pipe.hset(self.keys.item_catalogue(bucket), items=flat)
-        pipe.hset(self.head_key, "catalogue", str(following))
-        await pipe.execute()
+    async def commit_catalogue(
+        self, following: int, keys: Sequence[int], values: Sequence[bytes], *, expected: int | None = None
+    ) -> int | None:
+        """Write catalogue entries and the next offset of `items` in one transaction; a repeat is harmless.
+
+        None, or the stored offset where it is not the `expected` one: Redis was rolled back, or there is a twin.
+        """
+        async with self.client.pipeline(transaction=True) as pipe:
+            if expected is not None:
+                await pipe.watch(self.head_key)
+                stored = int(await pipe.hget(self.head_key, "catalogue") or 0)
+                if stored not in (expected, following):
+                    return stored
+                pipe.multi()
+            for bucket, flat in _bucketed(keys, values).items():
+                pipe.hset(self.keys.item_catalogue(bucket), items=flat)
+            pipe.hset(self.head_key, "catalogue", str(following))
+            await pipe.execute()
+        return None
 
 
 class ModelStore(RowStore):

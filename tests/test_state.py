@@ -92,6 +92,11 @@ async def test_the_catalogue_is_apart_from_behaviour(client: Redis, namespace: s
     assert dict(await store.load_catalogue()) == {7: b"seven", 8: b"eight"}
     head, rows = await store.load()
     assert (head, rows) == ({"next": b"5", "catalogue": b"3"}, [(7, b"row")])
+    assert await store.commit_catalogue(4, [9], [b"nine"], expected=3) is None
+    assert await store.commit_catalogue(4, [9], [b"nine"], expected=3) is None  # its answer was lost
+    await client.hset(store.head_key, "catalogue", "2")  # Redis was rolled back
+    assert await store.commit_catalogue(5, [10], [b"ten"], expected=4) == 2
+    assert 10 not in dict(await store.load_catalogue())
 
 
 async def test_feeds_carry_deltas_in_order(client: Redis, namespace: str) -> None:
