@@ -298,6 +298,8 @@ class Items:
         np.cumsum(sizes, out=start[1:])
         data = b"".join(blob[: 8 * size] for blob, size in zip(blobs, sizes.tolist(), strict=True))
         words = np.frombuffer(data, np.uint64)
+        if len(bad := np.flatnonzero(_odd(words, words.view(np.float64), start))):
+            raise CodecError(_ODD.format(int(keys[bad[0]])))
         rows = self.rows.add(keys)
         at = _neighbour_words(words, start)
         neighbours = self.rows.add(words[at])
@@ -340,20 +342,45 @@ def _words(key: int, blob: bytes) -> int:
     return size
 
 
+_ODD: Final = "item row {:016x}: expected finite counts and weights from 0 on, got others"
+
+
 def sound(keys: Sequence[int], blobs: Sequence[bytes]) -> tuple[list[int], list[bytes], list[str]]:
     """Return the item rows that `Items.load` reads, and what is wrong with each of the others."""
     good: list[int] = []
     values: list[bytes] = []
     bad: list[str] = []
+    start = [0]
     for key, blob in zip(keys, blobs, strict=True):
         try:
-            _words(key, blob)
+            start.append(start[-1] + _words(key, blob))
         except CodecError as error:
             bad.append(str(error))
             continue
         good.append(key)
         values.append(blob)
-    return good, values, bad
+    data = b"".join(blob[: 8 * (b - a)] for blob, a, b in zip(values, start[:-1], start[1:], strict=True))
+    words = np.frombuffer(data, np.uint64)
+    odd = _odd(words, words.view(np.float64), np.array(start, np.int64)).tolist()
+    bad += [_ODD.format(key) for key, wrong in zip(good, odd, strict=True) if wrong]
+    return (
+        [key for key, wrong in zip(good, odd, strict=True) if not wrong],
+        [value for value, wrong in zip(values, odd, strict=True) if not wrong], bad,
+    )  # fmt: skip
+
+
+@njit(cache=True)
+def _odd(words, floats, start):  # type: ignore[no-untyped-def]
+    """Return bool[n]: a count, sum or weight of the packed row is negative or not finite, and a logarithm is taken."""
+    out = np.zeros(len(start) - 1, np.bool_)
+    for i in range(len(out)):
+        at = start[i]
+        a, b = _counts(words[at])
+        for first, last in ((1, 9), (17, 19), (19 + a, 19 + 2 * a), (19 + 2 * a + b, 19 + 2 * a + 2 * b)):
+            for k in range(at + first, at + last):
+                if not 0.0 <= floats[k] < np.inf:
+                    out[i] = True
+    return out
 
 
 @njit(cache=True)

@@ -63,7 +63,7 @@ class Model:
         step, names = whole(values, "step"), values.get("features")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CodecError(f"dense weights: features: expected a list of names, got {names!r:.80}")
-        targets = {
+        targets: dict[str, NDArray[Any]] = {
             "mixture": self.mixture, "positions": factors.positions, "start": factors.start, "both": factors.both,
             "lists": ranker.lists,
         }  # fmt: skip

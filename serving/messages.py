@@ -194,7 +194,7 @@ def read_query(request: Request, kind: type[T]) -> T:
 def _object(name: str, text: str) -> object:
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise Problem(422, f"query.{name}", "a JSON object", f"{text[:80]!r} ({error})") from error
 
 
@@ -214,7 +214,7 @@ def decode_json(body: bytes, where: str = "body") -> object:
     """Decode JSON of any shape; raises Problem 422."""
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Problem(422, where, "JSON", f"{bytes(body[:80])!r} ({error})") from error
 
 

@@ -32,6 +32,7 @@ MAX_ITEM_BYTES: Final = 64 * 1024
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
 Text = Annotated[str, Meta(max_length=256)]
+Version = Annotated[int, Meta(ge=1, le=65_535)]
 Source = tuple[str, int, int]
 
 
@@ -53,7 +54,7 @@ class Common(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type")
     position: Annotated[int, Meta(ge=0, le=10_000)] | None = None
     surface: Annotated[str, Meta(max_length=64)] | None = None
     context: dict[Name, Text] | None = None
-    v: int = 1
+    v: Version = 1
     source: Source | None = None
 
 
@@ -149,7 +150,7 @@ class Item(msgspec.Struct, kw_only=True, omit_defaults=True, tag="item", tag_fie
     audio: Annotated[str, Meta(max_length=2048)] = ""
     attributes: dict[Name, str | float | bool] = {}
     ts: float | None = None
-    v: int = 1
+    v: Version = 1
 
 
 Interaction = Click | Dwell | Rating | Action | View

@@ -6,10 +6,12 @@ dropped; a file that cannot be the format is an error that says where and what w
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import math
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,7 +66,7 @@ def read_log(path: Path, form: str, columns: Mapping[str, str] | None = None, li
         {"movielens": _movielens, "movietweetings": _movietweetings, "online-retail": _retail}.get(
             form, lambda f, g: _csv(f, g, columns or {})
         )(file, log)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ReplayError(f"{file}: expected a gzip file, got something else ({error})") from error
     except UnicodeDecodeError as error:
         raise ReplayError(f"{file}: expected utf-8 text, got byte {error.object[error.start]:#04x}") from error
@@ -224,11 +226,20 @@ def _csv(file: Path, log: ReplayLog, columns: Mapping[str, str]) -> None:
     names = {"user": "user", "item": "item", "ts": "ts", **columns}
     fields = list(names)
     rows = list(_table(file, log, tuple(names.values())))
-    values = [float(row[fields.index("rating")] or "nan") for _, row in rows] if "rating" in names else []
-    finite = [value for value in values if math.isfinite(value)]
+    finite = _finite(row[fields.index("rating")] for _, row in rows) if "rating" in names else []
     scale = (min(finite), max(finite)) if len(set(finite)) > 1 else (0.0, max([1.0, *finite]))
     for where, row in rows:
         _add(log, where, lambda r=dict(zip(fields, row, strict=True)): _interaction(r, scale))  # type: ignore[misc]
+
+
+def _finite(texts: Iterable[str]) -> list[float]:
+    """Return the finite numbers among some texts: a rating that is none is the row's own problem, told later."""
+    found = []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := float(text)):
+                found.append(value)
+    return found
 
 
 def _interaction(row: dict[str, str], scale: tuple[float, float]) -> Interaction:
