@@ -75,7 +75,7 @@ def _explains_itself(error: Exception) -> bool:
         return True
     known = (("infra.stack", "StackError"), ("infra.kafka", "KafkaError"), ("infra.store", "StoreError"),
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
-             ("streaming.replay", "ReplayError"), ("streaming.rebuild", "RebuildError"),
+             ("streaming.replay", "ReplayError"), ("streaming.recovery.generations", "RecoveryError"),
              ("infra.proving.bench", "BenchError"), ("infra.proving.chaos", "ChaosError"),
              ("serving.keys", "KeysError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
@@ -453,9 +453,10 @@ def status(
 
 
 def _rebuild_and_dead_letters() -> None:
-    from infra.inspecting import add
+    from infra import inspecting, recovering
 
-    add(app)
+    recovering.add(app)
+    inspecting.add(app)
 
 
 _rebuild_and_dead_letters()

@@ -1,58 +1,47 @@
-"""Rebuild: fold `events` and `examples` again from offset 0, into the next generation of keys, or to verify this one.
+"""Rebuild: fold `events` and `examples` again, into a generation beside the one that is served, or to verify this one.
 
 Profiles are a fold over `events`, item rows over `examples` (itself truth: its order across partitions exists nowhere
-else), weights over `examples` along the logged steps, catalogue entries the last record of each item. The folds are
-those of the agents; only the cuts differ, and the laws say that cuts do not matter.
+else), weights over `examples` along the logged steps, catalogue entries the last record of each item. The live path is
+not touched: workers go on writing to what is served, and come over when the pointer moves. A log that was trimmed
+begins from the newest snapshot that covers what is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 
 from infra.settings import Settings
-from models.examples import CodecError, Entries, accept
-from models.items import Items
-from models.rows import Rows
-from streaming.agents import topics_of
-from streaming.events import EventError, Weights, decode_item, item_key
-from streaming.item_agent import ItemAgent
-from streaming.learn import UserFold, decode_part, users_of
-from streaming.state import (
-    ItemStore,
-    Keys,
-    MemoryUserStore,
-    ModelStore,
-    Redis,
-    RedisUserStore,
-    UserStore,
-    connect,
-    live_keys,
-    read_metrics,
-)
-from streaming.topics import Topics, end_offsets, preflight, read_topic, topic_end
-from streaming.trainer import StepRecord, Trainer
+from streaming.recovery import cuts, lineage
+from streaming.recovery.apart import Advance
+from streaming.recovery.compare import first_differences
+from streaming.recovery.cuts import Cut, topics_of
+from streaming.recovery.folding import Folding, folding, now
+from streaming.recovery.generations import About, RecoveryError, finish, register
+from streaming.recovery.generations import switch as switch_to
+from streaming.recovery.lineage import MemoryModel
+from streaming.recovery.snapshots import Manifest, base_for, check, find, load_weights
+from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, connect, live_keys, read_metrics
+from streaming.topics import Topics, end_offsets, epoch, moved, preflight
+from streaming.trainer import Trainer
 
-BATCH: Final = 1000
 QUIET_S: Final = 4.0
 """A worker that appended no figures for so long does not run, s."""
-Advance = Callable[[str, int, int], None]
-"""Progress: (what, done, of how many)."""
-
-
-class RebuildError(RuntimeError):
-    """A rebuild cannot begin; the message names the next step."""
+TAIL_S: Final = 0.5
+"""A round of catching up that takes no longer is the last before a switch, s."""
+RebuildError = RecoveryError
 
 
 @dataclass(slots=True)
 class Report:
-    """What a rebuild or a verification came to; `differing` names each profile and row whose bytes differ."""
+    """What a rebuild or a verification came to; `differing` names each profile, row and weight that differs.
+
+    `seconds` is all of it, `fold_s` profiles and rows alone, written or compared, `weights_s` the weights alone.
+    """
 
     generation: int
     events: int = 0
@@ -62,72 +51,229 @@ class Report:
     catalogue: int = 0
     steps: int = 0
     seconds: float = 0.0
+    fold_s: float = 0.0
+    weights_s: float = 0.0
+    base: str = ""
+    switched: bool = False
+    rederived: bool = False
     differing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report with its rate, for `--json`."""
-        return {**asdict(self), "events_per_s": round(self.events / max(self.seconds, 1e-9))}
+        """Return the report with its rate, events a second in profiles and rows, for `--json`."""
+        return {**asdict(self), "events_per_s": round(self.events / max(self.fold_s or self.seconds, 1e-9))}
 
 
-async def rebuild(settings: Settings, *, advance: Advance, switch: bool = False) -> Report:
-    """Fold both logs into the generation after the one that is served; raises RebuildError, TopicsError.
+async def rebuild(
+    settings: Settings, *, advance: Advance, switch: bool = False, until: float = 0.0, weights: bool = True,
+    snapshot: str | None = None,
+) -> Report:  # fmt: skip
+    """Fold the logs into the next generation; raises RecoveryError, TopicsError.
 
-    `switch` then moves the pointer to it; that needs the workers to be stopped, for they write to what they began with.
+    `switch` then serves it. `until`, s since the epoch, leaves out what was written at or after that time. Without
+    `weights` those of the served generation are copied as they are. `snapshot` is one to begin from, "" the newest.
     """
+    if until and switch:
+        raise RecoveryError(
+            "--until with --switch: the workers would fold on from there to now. Build it, look at it, and drop it; or"
+            " leave --until out"
+        )
     topics, client = topics_of(settings), connect(settings.redis)
     try:
-        cluster = f"{await preflight(settings.kafka, topics)}/{topics.partitions}"
+        began = time.monotonic()
+        await preflight(settings.kafka, topics)
+        ground, begin = await epoch(settings.kafka, topics), await cuts.begins(settings)
+        cut, floor = (await cuts.ends(settings, until=until), {}) if until else await now(client, settings, ground)
+        base = _chosen(settings, ground, begin, cut, snapshot)
+        about = About(made=f"snapshot {base.name} and the logs since" if base else "the logs", until=until)
+        keys = await register(client, settings.namespace, about)
+        report = Report(keys.generation, base=base.name if base else "")
+        async with folding(settings, sum(cut.events.values()), advance) as halves:
+            model = await _begin(settings, halves, base)
+            await halves.to_one_cut(cut, floor)
+            await halves.write(keys.generation, ground)
+            await _count(halves, report)
+            report.fold_s = time.monotonic() - began
+            served = ModelStore(client, await live_keys(client, settings.namespace))
+            if weights:
+                model = await _learn(settings, model, base, served, (begin, cut), until, advance, ground, report)
+            else:
+                head, rows = await served.load()
+                model = MemoryModel(head, dict(rows))
+                report.notes.append(f"weights copied from the served generation as they are, at step {model.step}")
+            await write_model(client, settings, keys, model)
+            report.weights_s = time.monotonic() - began - report.fold_s
+            if switch:
+                await _catch_up(halves, client, keys, ground)
+        await finish(client, keys, about)
         if switch:
-            await refuse_while_workers_run(settings)
-        live = await live_keys(client, settings.namespace)
-        keys, began = Keys(live.namespace, live.generation + 1), time.monotonic()
-        await wipe(client, keys)
-        report = Report(keys.generation)
-        ends = await log_ends(settings.kafka, topics)
-        users = RedisUserStore(client, keys)
-        await fold_users(
-            settings, users, {p: ends[topics.events, p] for p in range(topics.partitions)}, report, advance, cluster
-        )
-        items, marks = await fold_items(settings, ends[topics.examples, 0], report, advance)
-        await _write_items(settings, client, keys, items, marks, ends, cluster)
-        store = ModelStore(client, keys, settings.feed_mb << 20)
-        report.steps = (await fold_weights(settings, store, advance, cluster)).learner.model.step
-        async for _ in client.scan_iter(f"{keys.prefix}:{{u*}}:profile:*", count=5000):
-            report.profiles += 1
+            await switch_to(client, settings.namespace, keys.generation, topics.partitions)
+            report.switched = True
         report.seconds = time.monotonic() - began
-        if switch:
-            await client.set(keys.pointer, keys.generation)
         return report
     finally:
         await client.aclose()
 
 
-async def verify(settings: Settings, *, advance: Advance) -> Report:
-    """Fold both logs to where the served state says it is and compare every profile, row and entry byte for byte."""
+def _chosen(settings: Settings, ground: str, begin: Cut, cut: Cut, snapshot: str | None) -> Manifest | None:
+    """Return the snapshot to begin from: the one asked for, or one that is needed."""
+    if snapshot is None:
+        return base_for(settings, ground, begin, cut, eager=False)
+    chosen = find(settings, snapshot)
+    if difference := moved(chosen.ground, ground):
+        raise RecoveryError(f"snapshot {chosen.name} is of another log: {difference}. Nothing was restored")
+    if not chosen.covers(begin):
+        raise RecoveryError(
+            f"snapshot {chosen.name} ends before the logs begin: retention has removed what came between. Use a newer"
+            " one: `freshet snapshot list`"
+        )
+    if not chosen.within(cut):
+        raise RecoveryError(
+            f"snapshot {chosen.name} holds more than the logs up to there: choose an older one"
+            " (`freshet snapshot list`)"
+        )
+    return chosen
+
+
+async def _begin(settings: Settings, halves: Folding, base: Manifest | None) -> MemoryModel:
+    """Load the snapshot, if there is one, after every file of it was checked; return its weights."""
+    if base is None:
+        return MemoryModel()
+    folder = check(settings, base)
+    await halves.load(folder, msgspec.to_builtins(base))
+    return load_weights(folder)
+
+
+async def _count(halves: Folding, report: Report) -> None:
+    report.events, report.entries = halves.users.folded, halves.users.applied
+    report.profiles = halves.users.count()
+    report.rows, report.catalogue = await halves.items.call("count")
+    report.notes += halves.lost + halves.users.notes() + await halves.items.call("notes")
+
+
+async def _learn(
+    settings: Settings, model: MemoryModel, base: Manifest | None, served: ModelStore, logs: tuple[Cut, Cut],
+    until: float, advance: Advance, ground: str, report: Report,
+) -> MemoryModel:  # fmt: skip
+    """Learn on from `model` along the steps that were logged since: those of the served weights, else the newest."""
+    begin, cut = logs
+    steps = await lineage.read_steps(settings, max(base.steps if base else 0, begin.steps), cut.steps, until=until)
+    last = lineage.last_step(await served.head())
+    line = lineage.chain([*steps, *last], last[0].identity, model.identity) if last and not until else None
+    if line is None:
+        line = lineage.chain(steps, None, model.identity)
+    if line is None:
+        report.notes.append(f"weights left at step {model.step}: the later steps in `steps` do not go back to it")
+        line = []
+    await lineage.follow(settings, model, line, advance, ground, first=begin.examples)
+    report.steps = model.step
+    return model
+
+
+async def _catch_up(halves: Folding, client: Redis, keys: Keys, ground: str) -> None:
+    """Fold and write what came meanwhile, until that takes no time: the new generation is served without a lag."""
+    for _ in range(10):
+        began = time.monotonic()
+        cut, _ = await now(client, halves.settings, ground)
+        await halves.to_one_cut(cut, {})
+        await halves.write(keys.generation, ground)
+        if time.monotonic() - began < TAIL_S:
+            return
+
+
+async def write_model(client: Redis, settings: Settings, keys: Keys, model: MemoryModel) -> None:
+    """Write weights into a generation that has none, the head last."""
+    if not model.kept:
+        return
+    store, rows = ModelStore(client, keys, settings.feed_mb << 20), list(model.rows.items())
+    for first in range(0, max(1, len(rows)), 1000):
+        chunk, last = rows[first : first + 1000], first + 1000 >= len(rows)
+        head = model.kept if last else {"next": b"0"}
+        await store.commit(expected=0, head=head, keys=[k for k, _ in chunk], values=[v for _, v in chunk])
+
+
+async def verify(settings: Settings, *, advance: Advance, weights: bool = True, rederive: bool = False) -> Report:
+    """Fold the logs to where the served state says it is and compare every profile, row and entry byte for byte.
+
+    With `weights` those too, learnt again along their logged steps: bit for bit, on another CPU within 1e-4. With
+    `rederive` every entry of `examples` too, with what folding `events` derives. While workers run: RecoveryError.
+    """
     topics, client = topics_of(settings), connect(settings.redis)
     try:
         await preflight(settings.kafka, topics)
         await refuse_while_workers_run(settings)
         keys, began = await live_keys(client, settings.namespace), time.monotonic()
-        report = Report(keys.generation)
-        reads = await RedisUserStore(client, keys).read({p: [] for p in range(topics.partitions)})
-        memory = MemoryUserStore()
-        await fold_users(settings, memory, {p: read.applied for p, read in reads.items()}, report, advance)
-        report.differing += await _compare_users(client, keys, memory, report)
-        report.differing += [
-            f"marks of partition {p}: stored {reads[p].marks}, folded {memory.applied[p][1]}"
-            for p in reads
-            if p in memory.applied and memory.applied[p][1] != reads[p].marks
-        ]
-        report.differing += await _compare_items(settings, client, keys, report, advance)
+        ground, begin = await epoch(settings.kafka, topics), await cuts.begins(settings)
+        cut = await stored_cut(settings, keys)
+        base = base_for(settings, ground, begin, cut, eager=False)
+        report = Report(keys.generation, base=base.name if base else "")
+        async with folding(settings, sum(cut.events.values()), advance, rederive=rederive) as halves:
+            await halves.items.call("skip_faults", keys.generation)
+            model = await _begin(settings, halves, base)
+            await halves.apart(cut)
+            report.differing += await halves.compare(keys.generation)
+            await _count(halves, report)
+            if rederive:
+                report.differing += first_differences(await halves.items.call("kept"), halves.users.derived())
+                report.rederived = True
+            report.fold_s = time.monotonic() - began
+        if weights:
+            found = await _compare_weights(
+                settings, ModelStore(client, keys), model, base, (begin, cut), advance, report
+            )
+            report.differing += found
+            report.weights_s = time.monotonic() - began - report.fold_s
+        else:
+            report.notes.append("weights were not compared")
         report.seconds = time.monotonic() - began
         return report
     finally:
         await client.aclose()
 
 
+async def stored_cut(settings: Settings, keys: Keys) -> Cut:
+    """Return how far a generation is folded, and where `steps` ends."""
+    client = connect(settings.redis)
+    try:
+        reads = await RedisUserStore(client, keys).read({p: [] for p in range(settings.partitions)})
+        head = await ItemStore(client, keys).head()
+    finally:
+        await client.aclose()
+    events, steps = {p: read.applied for p, read in reads.items()}, (await cuts.ends(settings)).steps
+    return Cut(events, int(head.get("next", 0)), int(head.get("catalogue", 0)), steps)
+
+
+async def _compare_weights(
+    settings: Settings, store: ModelStore, model: MemoryModel, base: Manifest | None, logs: tuple[Cut, Cut],
+    advance: Advance, report: Report,
+) -> list[str]:  # fmt: skip
+    begin, cut = logs
+    head, rows = await store.load()
+    stored = MemoryModel(head, dict(rows))
+    steps = await lineage.read_steps(settings, max(base.steps if base else 0, begin.steps), cut.steps)
+    line = lineage.chain([*steps, *lineage.last_step(head)], stored.identity, model.identity)
+    if line is None:
+        return [f"weights: step {stored.step} does not go back to {f'step {model.step}' if base else 'the beginning'}"
+                " along topic `steps`"]  # fmt: skip
+    await lineage.follow(settings, model, line, advance, head.get("cluster", b"").decode(), first=begin.examples)
+    report.steps = model.step
+    named, widest = lineage.difference(stored, model)
+    if widest and not named:
+        report.notes.append(f"weights equal within {widest:.1g}, not bit for bit: another CPU or torch build")
+    return named
+
+
+async def fold_weights(settings: Settings, store: ModelStore, advance: Advance, cluster: str = "") -> Trainer:
+    """Learn `examples` again into an empty store along the newest line of logged steps.
+
+    What came after the last logged step is left to the learner.
+    """
+    steps = await lineage.read_steps(settings, 0, (await cuts.ends(settings)).steps)
+    return await lineage.follow(settings, store, lineage.chain(steps) or [], advance, cluster)
+
+
 async def refuse_while_workers_run(settings: Settings) -> None:
-    """Raise RebuildError while a worker writes: each appends its figures to its learning curve every second."""
+    """Raise RecoveryError while a worker writes: each appends its figures to its learning curve every second."""
     client = connect(settings.redis)
     try:
         keys = await live_keys(client, settings.namespace)
@@ -137,7 +283,7 @@ async def refuse_while_workers_run(settings: Settings) -> None:
             if not running:
                 return
             if time.monotonic() > deadline:
-                raise RebuildError(
+                raise RecoveryError(
                     f"the workers of namespace {settings.namespace!r} still run and write ({', '.join(running)}): end"
                     " `freshet up` (Ctrl-C) and call this again, it starts what it needs; on your own servers stop"
                     " the workers only"
@@ -158,144 +304,3 @@ async def log_ends(kafka: str, topics: Topics) -> dict[tuple[str, int], int]:
     """Return the end of each partition of the log, `examples` and `items`."""
     ends = await end_offsets(kafka, {topics.events: topics.partitions, topics.examples: 1, topics.items: 1})
     return {(topic, partition): end for topic, found in ends.items() for partition, end in enumerate(found)}
-
-
-async def fold_users(
-    settings: Settings, store: UserStore, ends: dict[int, int], report: Report, advance: Advance, cluster: str = ""
-) -> None:
-    """Fold `events` up to `ends` into a store that is empty, with the fold of the user agent."""
-    topics, fold, total = topics_of(settings), UserFold(Weights(settings.event_weights)), sum(ends.values())
-    async for partition, records in read_topic(settings.kafka, topics.events, ends):
-        for at in range(0, len(records), BATCH):
-            chosen = [(r.offset, r.timestamp, r.value or b"") for r in records[at : at + BATCH]]
-            part = decode_part(topics.events, partition, chosen)
-            outcome = fold.fold([part], await store.read(users_of([part])))
-            (refused,) = await store.commit(outcome.writes, cluster)
-            if refused is not None:
-                raise RebuildError(f"partition {partition} is written by another process (offset {refused})")
-            report.events += len(chosen)
-            report.entries += outcome.applied
-            advance("events", report.events, total)
-
-
-async def fold_items(settings: Settings, end: int, report: Report, advance: Advance) -> tuple[Items, dict[int, int]]:
-    """Fold `examples` up to `end` and return the rows with the marks of the source partitions."""
-    items, marks = Items(rows=Rows()), dict[int, int]()
-    done = 0
-    async for _, records in read_topic(settings.kafka, topics_of(settings).examples, {0: end}):
-        for record in records:
-            try:
-                items.fold(accept(Entries.from_bytes(record.value or b""), marks))
-            except CodecError:  # the item agent sent it to the dead letters
-                continue
-        done += len(records)
-        advance("examples", done, end)
-    report.rows = items.n
-    return items, marks
-
-
-async def _catalogue(settings: Settings, end: int) -> dict[int, bytes]:
-    entries: dict[int, bytes] = {}
-    async for _, records in read_topic(settings.kafka, topics_of(settings).items, {0: end}):
-        for record in records:
-            try:
-                entries[item_key(decode_item(record.value or b""))] = record.value
-            except EventError:
-                continue
-    return entries
-
-
-async def _write_items(
-    settings: Settings, client: Redis, keys: Keys, items: Items, marks: dict[int, int],
-    ends: dict[tuple[str, int], int], cluster: str,
-) -> None:  # fmt: skip
-    topics, store = topics_of(settings), ItemStore(client, keys, settings.feed_mb << 20)
-    rows = np.arange(items.n)
-    head = ItemAgent.head(ends[topics.examples, 0], marks, items, cluster)
-    await store.commit(expected=0, head=head, keys=items.rows.keys[rows].tolist(), values=items.pack(rows))
-    catalogue = await _catalogue(settings, ends[topics.items, 0])
-    await store.commit_catalogue(ends[topics.items, 0], [*catalogue], [*catalogue.values()])
-
-
-async def fold_weights(settings: Settings, store: ModelStore, advance: Advance, cluster: str = "") -> Trainer:
-    """Learn `examples` again along the logged steps into an empty store: bit for bit on one CPU and torch build.
-
-    What came after the last logged step is left to the learner.
-    """
-    topics, trainer = topics_of(settings), Trainer(store=store, cluster=cluster, seed=settings.seed)
-    steps: list[StepRecord] = []
-    logged = {0: await topic_end(settings.kafka, topics.steps)}
-    async for _, records in read_topic(settings.kafka, topics.steps, logged):
-        steps += [msgspec.msgpack.decode(record.value, type=StepRecord) for record in records]
-    waiting: list[tuple[int, bytes]] = []
-    at, end = 0, steps[-1].next if steps else 0
-    async for _, records in read_topic(settings.kafka, topics.examples, {0: end}):
-        waiting += [(record.offset, record.value or b"") for record in records]
-        while at < len(steps) and waiting and waiting[-1][0] + 1 >= steps[at].next:
-            step, at = steps[at], at + 1
-            if step.next <= trainer.next:  # appended again after a crash
-                continue
-            count = step.next - trainer.next
-            trainer.retrace(waiting[:count], step.sizes)
-            del waiting[:count]
-            await trainer.step()
-            advance("weights", trainer.next, end)
-    return trainer
-
-
-async def wipe(client: Redis, keys: Keys) -> None:
-    """Delete every key of a generation."""
-    names = [name async for name in client.scan_iter(f"{keys.prefix}:*", count=5000)]
-    for at in range(0, len(names), 1000):
-        await client.unlink(*names[at : at + 1000])
-
-
-async def _compare_users(client: Redis, keys: Keys, memory: MemoryUserStore, report: Report) -> list[str]:
-    folded = {getattr(keys, kind)(p, user): value for (kind, p, user), value in memory.values.items()}
-    stored = {
-        name.decode()
-        for kind in ("profile", "seen")
-        for name in [n async for n in client.scan_iter(f"{keys.prefix}:{{u*}}:{kind}:*", count=5000)]
-    }
-    report.profiles = sum(kind == "profile" for kind, _, _ in memory.values)
-    names = sorted(stored | folded.keys())
-    found: dict[str, bytes | None] = {}
-    for at in range(0, len(names), 1000):
-        chunk = names[at : at + 1000]
-        pipe = client.pipeline(transaction=False)
-        for name in chunk:
-            pipe.get(name)
-        found.update(zip(chunk, await pipe.execute(), strict=True))
-    return [_difference(name, found[name], folded.get(name)) for name in names if found[name] != folded.get(name)]
-
-
-async def _compare_items(settings: Settings, client: Redis, keys: Keys, report: Report, advance: Advance) -> list[str]:
-    store = ItemStore(client, keys)
-    head, rows = await store.load()
-    items, marks = await fold_items(settings, int(head.get("next", 0)), report, advance)
-    folded = dict(zip(items.rows.keys[: items.n].tolist(), items.pack(np.arange(items.n)), strict=True))
-    differing = _differences("item row", dict(rows), folded)
-    if head.get("totals", items.pack_totals()) != items.pack_totals():
-        differing.append("totals of the item rows")
-    if msgspec.json.decode(head.get("marks", b"{}"), type=dict[int, int]) != marks:
-        differing.append("marks of the item rows")
-    catalogue = await _catalogue(settings, int(head.get("catalogue", 0)))
-    report.catalogue = len(catalogue)
-    return differing + _differences("catalogue entry", dict(await store.load_catalogue()), catalogue)
-
-
-def _differences(what: str, stored: dict[int, bytes], folded: dict[int, bytes]) -> list[str]:
-    return [
-        _difference(f"{what} {key:016x}", stored.get(key), folded.get(key))
-        for key in sorted(stored.keys() | folded.keys())
-        if stored.get(key) != folded.get(key)
-    ]
-
-
-def _difference(name: str, stored: bytes | None, folded: bytes | None) -> str:
-    if stored is None or folded is None:
-        return f"{name}: {'missing in the store' if stored is None else 'not in the log'}"
-    at = next(
-        (i for i, (a, b) in enumerate(zip(stored, folded, strict=False)) if a != b), min(len(stored), len(folded))
-    )
-    return f"{name}: stored {len(stored)} bytes, folded {len(folded)}, first difference at byte {at}"

@@ -1,0 +1,108 @@
+"""Where the logs begin, end, and stood at a time; knows nothing of what their records mean.
+
+A *cut* says how far each log is folded. The one cut that a state may be served from: item rows to an offset of
+`examples`, profiles to exactly the events that `examples` covers up to there. Were profiles ahead, the entries of the
+events between would never be derived, and the next record would leave a hole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from infra.settings import Settings
+from streaming.topics import Topics, client_options
+
+Place = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Cut:
+    """Offsets that are folded up to, not including: `events` by partition; one partition each of the others."""
+
+    events: dict[int, int] = field(default_factory=dict)
+    examples: int = 0
+    items: int = 0
+    steps: int = 0
+
+
+def topics_of(settings: Settings) -> Topics:
+    """Return the topics of these settings (streaming/agents.py has the same, and faust behind it)."""
+    return Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
+
+
+async def _ask(settings: Settings, ask: Any) -> Any:
+    consumer = AIOKafkaConsumer(**client_options(settings.kafka))
+    await consumer.start()
+    try:
+        return await ask(consumer, _places(settings))
+    finally:
+        await consumer.stop()
+
+
+def _places(settings: Settings) -> list[TopicPartition]:
+    topics = topics_of(settings)
+    return [TopicPartition(topics.events, p) for p in range(topics.partitions)] + [
+        TopicPartition(name, 0) for name in (topics.examples, topics.items, topics.steps)
+    ]
+
+
+def _cut(settings: Settings, found: Mapping[Any, int]) -> Cut:
+    topics = topics_of(settings)
+    return Cut(
+        {tp.partition: offset for tp, offset in found.items() if tp.topic == topics.events},
+        *(found[TopicPartition(name, 0)] for name in (topics.examples, topics.items, topics.steps)),
+    )
+
+
+async def ends(settings: Settings, *, until: float = 0.0) -> Cut:
+    """Return where the logs end, or with `until` (s since the epoch) the first records written at or after then."""
+
+    async def ask(consumer: AIOKafkaConsumer, places: list[TopicPartition]) -> dict[TopicPartition, int]:
+        found: dict[TopicPartition, int] = await consumer.end_offsets(places)
+        if until:
+            at = await consumer.offsets_for_times(dict.fromkeys(places, round(until * 1000)))
+            found.update({tp: where.offset for tp, where in at.items() if where is not None})
+        return found
+
+    return _cut(settings, await _ask(settings, ask))
+
+
+async def begins(settings: Settings) -> Cut:
+    """Return the first offset that each log still has: above 0 where retention removed what was before."""
+
+    async def ask(consumer: AIOKafkaConsumer, places: list[TopicPartition]) -> dict[TopicPartition, int]:
+        found: dict[TopicPartition, int] = await consumer.beginning_offsets(places)
+        return found
+
+    return _cut(settings, await _ask(settings, ask))
+
+
+async def read_span(
+    kafka: str, topic: str, spans: Mapping[int, tuple[int, int]]
+) -> AsyncIterator[tuple[int, list[Any]]]:
+    """Yield (partition, records) of a topic within [first, end) by partition."""
+    left = {TopicPartition(topic, p): end for p, (first, end) in spans.items() if end > first}
+    if not left:
+        return
+    consumer = AIOKafkaConsumer(
+        **client_options(kafka), auto_offset_reset="none", fetch_max_bytes=16 << 20,
+        max_partition_fetch_bytes=4 << 20,
+    )  # fmt: skip
+    await consumer.start()
+    try:
+        consumer.assign(list(left))
+        for tp in left:
+            consumer.seek(tp, spans[tp.partition][0])
+        while left:
+            for tp, records in (await consumer.getmany(*left, timeout_ms=1000)).items():
+                wanted = records if records[-1].offset < left[tp] else [r for r in records if r.offset < left[tp]]
+                if wanted:
+                    yield tp.partition, wanted
+                if records[-1].offset >= left[tp] - 1:
+                    del left[tp]
+    finally:
+        await consumer.stop()
