@@ -15,12 +15,13 @@ from typing import Any, Final
 from infra.settings import Settings
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
 from streaming import consumer
-from streaming.consumer import TP, Batch
+from streaming.consumer import TP, Batch, Bounds
 from streaming.dead_letters import DeadLetters
-from streaming.events import EventError, Weights, encode, parse_inlet
-from streaming.learn import Dead, Embed, GapError, Outcome, Part, UserFold, decode_part, users_of
+from streaming.events import Event, EventError, encode, parse_inlet, subject
+from streaming.kafka.ground import Ground
+from streaming.learn import Dead, GapError, Outcome, Part, UserFold, decode_part, rounds, users_of
 from streaming.state import RedisUserStore, persist
-from streaming.supervision import Progress, leave
+from streaming.supervision import Progress, leave, stand
 from streaming.topics import INLETS, Log, Record, Topics, partition_of
 
 log = logging.getLogger(__name__)
@@ -33,26 +34,22 @@ class UserAgent:
     """Folds `events` into profiles: read, fold, append `examples`, commit; two Redis round trips a micro-batch."""
 
     def __init__(
-        self, *, topics: Topics, store: RedisUserStore, log_: Log, weights: Weights, progress: Progress,
-        cluster: str, embed: Embed | None = None,
-    ) -> None:  # fmt: skip
+        self, *, topics: Topics, store: RedisUserStore, log_: Log, fold: UserFold, progress: Progress, ground: Ground
+    ) -> None:
         self._topics, self._store, self._log, self._progress = topics, store, log_, progress
-        self._cluster = f"{cluster}/{topics.partitions}"
-        self._fold = UserFold(weights, embed=embed)
+        self._ground = ground
+        self._fold = fold
         self._dead = DeadLetters(log_, topics)
 
-    async def offsets(self, assigned: set[TP]) -> dict[TP, int]:
+    async def offsets(self, assigned: Bounds) -> dict[TP, int]:
         """Return where each assigned partition of `events` goes on: its applied offset in Redis."""
         mine = sorted(tp for tp in assigned if tp.topic == self._topics.events)
         reads = await persist("seek", lambda: self._store.read({tp.partition: [] for tp in mine}))
         for tp in mine:
             read = reads[tp.partition]
-            if read.cluster and read.cluster != self._cluster:
-                leave(
-                    EXIT_FOR_GOOD,
-                    f"profiles of partition {tp.partition} were folded from cluster/partitions {read.cluster}, this is"
-                    f" {self._cluster}: point FRESHET_KAFKA at that cluster, or rebuild into a new namespace",
-                )
+            await stand(
+                self._ground, f"profiles of partition {tp.partition}", read.cluster, {tp: read.applied}, assigned
+            )
             self._progress.seek(tp, read.applied)
         return {tp: reads[tp.partition].applied for tp in mine}
 
@@ -66,6 +63,10 @@ class UserAgent:
         parts = [decode_part(tp.topic, tp.partition, records) for tp, records in batch.items()]
         await self._dead.send([dead for part in parts for dead in part.dead])
         self._progress.dead += sum(len(part.dead) for part in parts)
+        for piece in rounds(parts):
+            await self._commit(piece)
+
+    async def _commit(self, parts: list[Part]) -> None:
         for _ in range(REFUSALS):
             parts = await self._attempt(parts)
             if not parts:
@@ -78,7 +79,9 @@ class UserAgent:
         if outcome.records:
             records: list[Record] = [(0, None, entries.to_bytes()) for entries in outcome.records]
             await self._log.append(self._topics.examples, records)
-        refused = await persist("commit", lambda: self._store.commit(outcome.writes, self._cluster))
+        if outcome.derived:
+            await self._log.append(self._topics.events, [record_of(event, self._topics) for event in outcome.derived])
+        refused = await persist("commit", lambda: self._store.commit(outcome.writes, self._ground.epoch))
         self._count(parts, outcome, refused)
         for part, stored in zip(parts, refused, strict=True):
             if stored is not None:
@@ -89,8 +92,7 @@ class UserAgent:
         try:
             return self._fold.fold(parts, reads)
         except GapError as error:
-            tps = {TP(self._topics.events, part.partition) for part in parts}
-            if tps & self._progress.fresh_after_seek:
+            if self._lacks(parts, reads):
                 leave(
                     EXIT_FOR_GOOD,
                     f"{error}. Still so right after a seek: `freshet rebuild` folds what is left",
@@ -98,23 +100,59 @@ class UserAgent:
             leave(EXIT_AGAIN, f"{error}. Starting again from what is committed")
             raise
 
+    def _lacks(self, parts: list[Part], reads: dict[int, Any]) -> bool:
+        """Whether the log itself has a gap: right after a seek, to an offset that Redis still holds."""
+        progress = self._progress
+        return any(
+            (tp := TP(self._topics.events, part.partition)) in progress.fresh_after_seek
+            and part.first > reads[part.partition].applied == progress.next[tp]
+            for part in parts
+        )
+
     def _count(self, parts: list[Part], outcome: Outcome, refused: list[int | None]) -> None:
         now_ms = time.time() * 1000
         for part, stored in zip(parts, refused, strict=True):
             if stored is None:
                 self._progress.move(TP(self._topics.events, part.partition), part.next)
                 self._progress.ages_ms += [now_ms - record_ms for record_ms in part.times[:200]]
+                pairs = zip(part.times[:200], part.events[:200], strict=False)
+                self._progress.skews_s += [record_ms / 1000 - event.ts for record_ms, event in pairs]
         self._progress.events += outcome.applied
         self._progress.duplicates += outcome.duplicates
+        self._progress.erased += outcome.erased
         self._progress.overflow += outcome.overflow
+
+
+def record_of(event: Event, topics: Topics) -> Record:
+    """Return the record of an event in the log: keyed by the user whose profile it is folded into."""
+    user = subject(event)
+    return partition_of(user, topics.partitions), user.encode(), encode(event)
 
 
 class InletAgent:
     """Validates the JSON of one inlet and appends it to `events` with its source position; it has no state."""
 
-    def __init__(self, inlet: str, *, topics: Topics, log_: Log) -> None:
-        self._inlet, self._topics, self._log = inlet, topics, log_
+    def __init__(self, inlet: str, *, topics: Topics, log_: Log, progress: Progress) -> None:
+        self._inlet, self._topics, self._log, self._progress = inlet, topics, log_, progress
         self._dead = DeadLetters(log_, topics)
+
+    async def offsets(self, assigned: Bounds, committed: dict[TP, int]) -> dict[TP, int]:
+        """Return where to go on instead, for partitions whose committed offset is gone; what went unread is told."""
+        moved: dict[TP, int] = {}
+        for tp, (first, end) in assigned.items():
+            at = committed.get(tp, first)
+            if at < first:
+                reason = (
+                    f"{first - at} records, up to offset {first - 1}, were deleted by retention before a worker read"
+                    " them: run workers, or raise FRESHET_RETENTION_INLETS_DAYS"
+                )
+                await self._dead.send([Dead(tp.topic, tp.partition, at, reason, b"")])
+            elif at > end:
+                log.warning("%s[%d] ends at %d, was read up to %d: it was made again", tp.topic, tp.partition, end, at)
+            if not first <= at <= end:
+                moved[tp] = at = first
+            self._progress.seek(tp, at, markers=True)
+        return moved
 
     async def run(self, batches: AsyncIterator[Batch]) -> None:
         """Append micro-batches; Kafka's own commit follows the acknowledgement."""
@@ -128,16 +166,17 @@ class InletAgent:
                     except EventError as error:
                         dead.append(Dead(tp.topic, tp.partition, offset, str(error), value))
                         continue
-                    partition = partition_of(event.user_id, self._topics.partitions)
-                    records.append((partition, event.user_id.encode(), encode(event)))
+                    records.append(record_of(event, self._topics))
             await self._dead.send(dead)
             if records:
                 await self._log.append(self._topics.events, records)
+            for tp, found in batch.items():
+                self._progress.move(tp, found[-1][0] + 1)
 
 
-def inlet_agents(topics: Topics, log_: Log) -> dict[str, InletAgent]:
+def inlet_agents(topics: Topics, log_: Log, progress: Progress) -> dict[str, InletAgent]:
     """Return the inlet agents by topic."""
-    return {topics.inlet(name): InletAgent(name, topics=topics, log_=log_) for name in INLETS}
+    return {topics.inlet(name): InletAgent(name, topics=topics, log_=log_, progress=progress) for name in INLETS}
 
 
 def attach(app: Any, topic: str, run: Callable[[AsyncIterator[Batch]], Any]) -> None:

@@ -19,16 +19,22 @@ from faust.streams import Stream
 from faust.transport.drivers.aiokafka import Consumer
 from faust.types import TP as TP
 
+from streaming.kafka.address import client_options, servers
+
 log = logging.getLogger(__name__)
 
 Record = tuple[int, int, bytes]
 """(offset, record time in ms, value)"""
 Batch = dict[TP, list[Record]]
 """A micro-batch: records in order by partition."""
-Seek = Callable[[set[TP]], Awaitable[dict[TP, int]]]
-"""Says where to go on for those of the assigned partitions whose offsets are held elsewhere than in Kafka."""
+Bounds = dict[TP, tuple[int, int]]
+"""Assigned partition -> its first offset and its end."""
+Seek = Callable[[Bounds, dict[TP, int]], Awaitable[dict[TP, int]]]
+"""Says where to go on, given the assigned partitions and Kafka's committed offsets; only where that is elsewhere."""
 
 QUEUED_CHUNKS = 64
+REBALANCE_S = 12
+"""The group waits so long for a member that sends heartbeats and does not rejoin, s; Faust's default is 60."""
 GATHER_S = 0.003
 """Wait for the other partitions' chunks: most of a small micro-batch's cost is its round trips, s."""
 
@@ -48,7 +54,10 @@ class SeekingConsumer(Consumer):  # type: ignore[misc]
     async def perform_seek(self) -> None:
         """Seek to Kafka's committed offsets, then to the authority's."""
         await super().perform_seek()
-        offsets = await self.app.seek_to(self.assignment())
+        assigned = sorted(self.assignment())
+        first, ends = await self.earliest_offsets(*assigned), await self.highwaters(*assigned)
+        committed = {tp: offset for tp in assigned if (offset := self._read_offset.get(tp)) is not None}
+        offsets = await self.app.seek_to({tp: (first[tp], ends[tp]) for tp in assigned}, committed)
         await self.seek_wait(offsets)
         for tp, offset in offsets.items():
             # Otherwise Faust waits for the gap between its own committed offset and this one to close.
@@ -190,16 +199,78 @@ def create_app(
         async def _on_agent_error(self, agent: Any, exc: BaseException) -> None:
             on_crash(str(agent.name), exc)
 
+        def _create_directories(self) -> None:
+            """Faust would make folders in the working directory; no table of ours lies in one."""
+
     app = App(
-        name, broker=";".join(f"kafka://{server}" for server in kafka.split(",")), store="memory://",
+        name, broker=";".join(f"kafka://{host}:{port}" for host, port in servers(kafka)), store="memory://",
+        broker_credentials=_credentials(client_options(kafka)),
         topic_disable_leader=True, topic_allow_declare=False, consumer_auto_offset_reset="earliest",
         consumer_group_instance_id=instance, stream_wait_empty=False, stream_buffer_maxsize=4096,
-        broker_session_timeout=6, broker_heartbeat_interval=2, broker_request_timeout=30, broker_commit_interval=2.8,
+        broker_session_timeout=6, broker_heartbeat_interval=2,
+        broker_rebalance_timeout=REBALANCE_S, broker_request_timeout=30, broker_commit_interval=2.8,
         web_enabled=False, **({"Stream": ChunkStream} if form == "chunks" else {}),
     )  # fmt: skip
     app.seek_to = seek
     app.transport.Consumer = ChunkConsumer if form == "chunks" else SeekingConsumer
     return app
+
+
+def _credentials(options: dict[str, Any]) -> Any:
+    """Return the TLS and SASL options of any client in Faust's own words."""
+    context = options.get("ssl_context")
+    if "sasl_mechanism" in options:
+        return faust.SASLCredentials(
+            username=options["sasl_plain_username"], password=options["sasl_plain_password"],
+            mechanism=options["sasl_mechanism"], ssl_context=context,
+        )  # fmt: skip
+    return faust.SSLCredentials(context) if context else None
+
+
+class Member:
+    """An app as its watchdog sees it: is it in its group, do its agents live, how far do its partitions go."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    @property
+    def crashed(self) -> str:
+        """What ended the consumer, "" while it runs."""
+        return repr(self._app.crash_reason) if self._app.crashed else ""
+
+    def assignment(self) -> set[TP]:
+        """The partitions that are this process's now."""
+        return set(self._app.consumer.assignment())
+
+    def ends(self) -> dict[TP, int]:
+        """Return the ends of the assigned partitions as the last fetch told them."""
+        ends: dict[TP, int] = {}
+        for tp in self.assignment():
+            try:
+                ends[tp] = self._app.consumer.highwater(tp) or 0
+            except (AssertionError, KeyError):  # a rebalance has moved it since: aiokafka asserts
+                continue
+        return ends
+
+    def dead_agents(self) -> list[str]:
+        """Return the names of agents that no task runs; Faust itself does not look."""
+        agents = self._app.agents.values()
+        tasks = {str(agent.name): [actor.actor_task for actor in agent._actors] for agent in agents}
+        return [name for name, found in tasks.items() if all(task is None or task.done() for task in found)]
+
+    def astray(self) -> str:
+        """Return what keeps this process from being a member of its group, "" where it is one.
+
+        aiokafka waits for its user to fetch an error of the group before it goes on; Faust never does.
+        """
+        coordinator = self._app.consumer._thread._consumer._coordinator
+        if coordinator._coordination_task.done():
+            return "the task that keeps this process in its group has ended"
+        if coordinator._pending_exception is not None:
+            return f"the group's coordinator refused this process: {coordinator._pending_exception}"
+        if coordinator.generation < 0 or coordinator._rejoin_needed_fut.done():
+            return "this process is in no generation of its group: a rebalance does not end"
+        return ""
 
 
 def bytes_topic(app: Any, name: str) -> Any:

@@ -22,7 +22,7 @@ class DeadLetters:
     """Appends what cannot be read to `dead-letters`, with its source position, reason and original bytes."""
 
     def __init__(self, log_: Log, topics: Topics) -> None:
-        self._log, self._topics = log_, topics
+        self._log, self.topics = log_, topics
 
     async def send(self, dead: Sequence[Dead]) -> None:
         """Append and wait for the acknowledgement."""
@@ -36,7 +36,7 @@ class DeadLetters:
         for letter in dead:
             log.warning("dead letter %s[%d]@%d: %s", letter.topic, letter.partition, letter.offset, letter.reason)
         if records:
-            await self._log.append(self._topics.dead_letters, records)
+            await self._log.append(self.topics.dead_letters, records)
 
 
 class Letter(msgspec.Struct):

@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import logging
+import re
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, for_code
 from aiokafka.partitioner import murmur2
 
+from streaming.kafka.address import client_options as client_options
 from streaming.kafka.metadata import MetadataOf, uuid_text
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,11 @@ class Topics:
         """What could not be read, with its reason and its original bytes."""
         return f"{self.namespace}.dead-letters"
 
+    @property
+    def truth(self) -> list[str]:
+        """The topics that state is folded from."""
+        return [self.events, self.examples, self.items]
+
     def inlet(self, name: str) -> str:
         """The inlet for one type of event from any Kafka client, JSON."""
         return f"{self.namespace}.{name}"
@@ -104,7 +111,7 @@ def partition_of(user_id: str, partitions: int) -> int:
 
 async def create_topics(bootstrap: str, topics: Topics) -> None:
     """Create the topics that are not there and wait until the brokers know them; raises what Kafka answers."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**client_options(bootstrap))
     await admin.start()
     try:
         wanted = [NewTopic(n, p, 1, topic_configs=configs) for n, (p, configs) in topics.specs().items()]
@@ -122,27 +129,32 @@ async def create_topics(bootstrap: str, topics: Topics) -> None:
 
 async def describe(bootstrap: str, names: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
     """Return (cluster id, topic -> (partitions, topic id)); a missing topic has 0 partitions. Needs Kafka 2.8."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**client_options(bootstrap))
     await admin.start()
     try:
-        answer = await admin._send_request(MetadataOf(names))
+        return _described(await admin._send_request(MetadataOf(names)), names)
     finally:
         await admin.close()
+
+
+def _described(answer: Any, names: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
     found = {name: (0 if code else len(places), uuid_text(uuid)) for code, name, uuid, _, places, *_ in answer.topics}
     return str(answer.cluster_id), {name: found.get(name, (0, "")) for name in names}
 
 
 async def epoch(bootstrap: str, topics: Topics) -> str:
-    """Return what state was folded from: `<cluster id>/<partitions>/<ids of events, examples, items>`.
+    """Return what state is folded from: `<cluster id>/<partitions>/<ids of events, examples, items>`.
 
     A topic that is deleted and made again keeps its name and begins again at offset 0, under another id. Raises
     TopicsError where a topic is missing.
     """
-    names = [topics.events, topics.examples, topics.items]
-    cluster, found = await describe(bootstrap, names)
+    return _epoch(*await describe(bootstrap, topics.truth), topics)
+
+
+def _epoch(cluster: str, found: dict[str, tuple[int, str]], topics: Topics) -> str:
     if missing := [name for name, (partitions, _) in found.items() if not partitions]:
         raise TopicsError(f"no such topic: {', '.join(missing)}. `freshet up` creates the topics of a namespace.")
-    return "/".join([cluster, str(found[topics.events][0]), *(found[name][1] for name in names)])
+    return "/".join([cluster, str(found[topics.events][0]), *(found[name][1] for name in topics.truth)])
 
 
 def moved(stored: str, now: str) -> str:
@@ -159,7 +171,7 @@ def moved(stored: str, now: str) -> str:
 async def end_offsets(bootstrap: str, partitions: dict[str, int]) -> dict[str, list[int]]:
     """Return topic -> its end offset by partition, for topics with that many partitions."""
     places = [TopicPartition(name, p) for name, count in partitions.items() for p in range(count)]
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    consumer = AIOKafkaConsumer(**client_options(bootstrap))
     await consumer.start()
     try:
         ends = await consumer.end_offsets(places)
@@ -168,9 +180,30 @@ async def end_offsets(bootstrap: str, partitions: dict[str, int]) -> dict[str, l
     return {name: [ends[TopicPartition(name, p)] for p in range(count)] for name, count in partitions.items()}
 
 
+class Ends:
+    """Asks for the ends of partitions, over a connection of its own that stays."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self._consumer = AIOKafkaConsumer(**client_options(bootstrap), request_timeout_ms=5000)
+        self._started = False
+
+    async def __call__(self, places: Iterable[tuple[str, int]]) -> dict[Any, int]:
+        """Return the end of each (topic, partition); raises LogError where the broker does not answer within 5 s."""
+        if not self._started:
+            await self._consumer.start()
+            self._started = True
+        wanted = {TopicPartition(*place): place for place in places}
+        found = await self._consumer.end_offsets(list(wanted)) if wanted else {}
+        return {wanted[place]: end for place, end in found.items()}
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        await self._consumer.stop()
+
+
 async def topic_end(bootstrap: str, topic: str) -> int:
     """Return the end of a topic of one partition."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    consumer = AIOKafkaConsumer(**client_options(bootstrap))
     await consumer.start()
     try:
         (end,) = (await consumer.end_offsets([TopicPartition(topic, 0)])).values()
@@ -185,7 +218,7 @@ async def read_topic(bootstrap: str, topic: str, ends: dict[int, int]) -> AsyncI
     if not left:
         return
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap,
+        **client_options(bootstrap),
         auto_offset_reset="earliest",
         fetch_max_bytes=8 << 20,
         max_partition_fetch_bytes=2 << 20,
@@ -235,7 +268,7 @@ class Log:
     async def start(self) -> None:
         """Connect."""
         self._producer = AIOKafkaProducer(
-            bootstrap_servers=self._bootstrap, acks="all", enable_idempotence=True, linger_ms=self._linger_ms,
+            **client_options(self._bootstrap), acks="all", enable_idempotence=True, linger_ms=self._linger_ms,
             max_request_size=MAX_MESSAGE_BYTES, max_batch_size=262_144, request_timeout_ms=30_000,
         )  # fmt: skip
         await self._producer.start()
@@ -245,6 +278,15 @@ class Log:
         if self._producer is None:
             raise LogError("not connected")
         await self._producer.client.fetch_all_metadata()
+
+    async def epoch(self, topics: Topics) -> str:
+        """Return `epoch` over the connection that is there; raises LogError, TopicsError."""
+        if self._producer is None:
+            raise LogError("not connected")
+        client = self._producer.client
+        return _epoch(
+            *_described(await client.send(client.get_random_node(), MetadataOf(topics.truth)), topics.truth), topics
+        )
 
     async def stop(self) -> None:
         """Send what is pending and disconnect."""
@@ -325,7 +367,7 @@ def decode_token(token: str) -> Position:
     if ":" in token:
         inlet, _, rest = token.partition(":")
         partition, _, offset = rest.partition(":")
-        if inlet not in INLETS or not partition.isdigit() or not offset.isdigit():
+        if inlet not in INLETS or not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,19}", rest):
             raise wrong
         return Position({}, (inlet, int(partition), int(offset)))
     try:

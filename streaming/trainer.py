@@ -13,21 +13,39 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NoReturn
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NoReturn, Protocol
 
 import msgspec
 import numpy as np
+import xxhash
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 
 from infra.settings import Settings
-from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, mark_ready
+from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, mark_ready, resident_mb
 from models.examples import ENTERS, CodecError, Entries, HoleError, accept, concatenate
+from models.factors import sound
 from models.learner import Learned, Learner, Origin
+from models.model import STATE_FORM, STATE_ROW
 from models.rows import Rows
-from streaming.state import ModelStore, StoreUnavailable, append_metrics, connect, live_keys, persist
-from streaming.topics import Log, Topics, TopicsError, preflight
+from streaming.dead_letters import DeadLetters
+from streaming.kafka.ground import Ground, GroundError
+from streaming.learn import Dead
+from streaming.recovery.generations import moved
+from streaming.state import (
+    Fault,
+    Keys,
+    ModelStore,
+    StoredBytesError,
+    StoreUnavailable,
+    append_metrics,
+    connect,
+    live_keys,
+    persist,
+)
+from streaming.supervision import TRIES, last_lines, leave
+from streaming.topics import Log, Topics, TopicsError, client_options, preflight
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +62,34 @@ class TrainerError(RuntimeError):
         super().__init__(reason)
 
 
+class LearntStore(Protocol):
+    """What a learner loads from and commits to: a ModelStore, or its like in memory."""
+
+    keys: Keys
+
+    async def load(self) -> tuple[dict[str, bytes], list[tuple[int, bytes]]]:
+        """Return (head, rows) of one moment."""
+
+    async def commit(
+        self, *, expected: int, head: Mapping[str, Any], keys: Sequence[int], values: Sequence[bytes],
+        gone: Iterable[int] = (),
+    ) -> int | None:  # fmt: skip
+        """Delete rows `gone`, write rows and head; None, or the stored offset where it was refused."""
+
+    async def publish_step(
+        self, *, step: int, first: int, following: int, keys: Sequence[int], vectors: Sequence[bytes], dense: bytes,
+        gone: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Tell readers of a step."""
+
+
 class StepRecord(msgspec.Struct, array_like=True):
     """One record of topic `steps`: what a recomputation needs beside `examples`.
 
     Entries of the records first:next, duplicates dropped, were learnt in micro-batches of these sizes; `seed` is the
-    negatives' seed of the first one (later ones follow from their own first positions).
+    negatives' seed of the first one (later ones follow from their own first positions). `before` is the identity of
+    the parent, 0 at the beginning; `generation` is the one whose learner took the step (version 1 wrote neither).
+    `gone` items left at its end; the records at the offsets `skipped` were not learnt, for that raised three times.
     """
 
     step: int
@@ -58,6 +99,24 @@ class StepRecord(msgspec.Struct, array_like=True):
     sizes: list[int]
     seed: int
     v: int = 1
+    before: int = 0
+    generation: int = 0
+    gone: int = 0
+    skipped: list[int] = []
+
+    @property
+    def identity(self) -> int:
+        """Name of the weights after this step, u64: it follows from the parent's and from this step's own cut."""
+        cut = (self.before, self.step, self.first, self.next, self.sizes, self.seed, self.gone, self.skipped)
+        return xxhash.xxh3_64_intdigest(msgspec.msgpack.encode(cut)) or 1
+
+
+class LearningError(RuntimeError):
+    """Learning the records [first, next) raised: what is in memory may be half changed and must be thrown away."""
+
+    def __init__(self, first: int, following: int, cause: BaseException) -> None:
+        self.first, self.next = first, following
+        super().__init__(f"examples@{first}..{following - 1}: {type(cause).__name__}: {cause}")
 
 
 class Trainer:
@@ -66,35 +125,49 @@ class Trainer:
     learn(records) any number of times, then step() commits what they changed; load() at the start.
     """
 
-    def __init__(self, *, store: ModelStore, cluster: str = "", seed: int = 1) -> None:
-        self._store, self._cluster, self._seed = store, cluster, seed
+    def __init__(self, *, store: LearntStore, cluster: str = "", seed: int = 1, most: int = 1_000_000) -> None:
+        self._store, self._cluster, self._seed, self._most = store, cluster, seed, most
         self.learner = Learner(rows=Rows(), seed=seed)
         self.marks: dict[int, int] = {}
         self.next = self.committed = 0
         self.window: Origin | None = None
-        self.last_record = b""
+        self.last_record = self.last_value = b""
         self.totals = Learned()
+        self.skip: set[int] = set()
+        """Offsets of records that are not learnt."""
+        self.careful: list[tuple[int, int]] = []
+        """Ranges [first, next) whose records are learnt one by one, to find the one that raises."""
         self._sizes: list[int] = []
         self._step_seed = 0
 
     async def load(self) -> None:
-        """Read the last committed step; raises TrainerError where it belongs to another cluster."""
+        """Read the last committed step, with the epoch of its log; raises StoredBytesError."""
         head, rows = await self._store.load()
-        if head.get("cluster", b"").decode() not in ("", self._cluster):
-            raise TrainerError(
-                EXIT_FOR_GOOD,
-                f"weights were learnt from cluster/partitions {head['cluster'].decode()}, this is {self._cluster}:"
-                " point FRESHET_KAFKA at that cluster, or rebuild into a new namespace",
-            )
+        self.stored_epoch = head.get("cluster", b"").decode()
         self.learner = Learner(rows=Rows(), seed=self._seed)
-        if rows:
-            self.learner.load_state(np.array([key for key, _ in rows], np.uint64), [value for _, value in rows])
-        if "dense" in head:
-            self.learner.load_dense(head["dense"])
-        self.marks = msgspec.json.decode(head.get("marks", b"{}"), type=dict[int, int])
-        self.next = self.committed = int(head.get("next", 0))
-        self.window = _unpack_origin(head.get("window", b""))
-        self.last_record = head.get("record", b"")
+        names = self._store.keys
+        _, _, bad = sound([key for key, _ in rows], [value for _, value in rows], STATE_ROW, form=STATE_FORM)
+        if bad:
+            bucket = int(bad[0].split()[2].rstrip(":"), 16) & 0xFF
+            raise StoredBytesError(names.model_rows(bucket), f"{bad[0]} ({len(bad)} such)")
+        try:
+            if rows:
+                self.learner.load_state(np.array([key for key, _ in rows], np.uint64), [value for _, value in rows])
+            if "dense" in head:
+                self.learner.load_dense(head["dense"])
+            self.marks = msgspec.json.decode(head.get("marks", b"{}"), type=dict[int, int])
+            self.next = self.committed = int(head.get("next", 0))
+            self.window = _unpack_origin(head.get("window", b""))
+            self.last_record = head.get("record", b"")
+            _ = self.lineage
+        except (CodecError, ValueError, msgspec.MsgspecError) as error:
+            raise StoredBytesError(names.model_head, f"its fields are not those of a head ({error})") from error
+
+    def suspect(self, faults: Mapping[int, Fault]) -> None:
+        """Take over what raised before: records to skip, and ranges to be careful with."""
+        single = {first for first, fault in faults.items() if fault.next == first + 1}
+        self.skip = {first for first in single if faults[first].count >= TRIES}
+        self.careful = [(first, fault.next) for first, fault in faults.items() if first not in self.skip]
 
     def begin_refill(self) -> int:
         """Return the offset from which `refill` wants records; `next` where the window was empty."""
@@ -117,14 +190,35 @@ class Trainer:
             self.learner.stream_time, self.marks = self._resumed
 
     def learn(self, records: Sequence[tuple[int, bytes]]) -> None:
-        """Learn records (offset, value) of `examples`, in order, as micro-batches of at most 64 entries."""
+        """Learn records (offset, value) of `examples`, in order, as micro-batches of at most 64 entries.
+
+        Raises LearningError where learning itself fails, TrainerError at a gap.
+        """
+        fresh = [(offset, value) for offset, value in records if offset >= self.next]
+        at = 0
+        while at < len(fresh):
+            last = at + 1
+            while last < len(fresh) and not (self._suspect(fresh[at][0]) or self._suspect(fresh[last][0])):
+                last += 1
+            first = self.next
+            try:
+                self._learn_together(fresh[at:last])
+            except TrainerError:
+                raise
+            except Exception as error:
+                raise LearningError(first, self.next, error) from error
+            at = last
+
+    def _suspect(self, offset: int) -> bool:
+        return any(first <= offset < following for first, following in self.careful)
+
+    def _learn_together(self, records: Sequence[tuple[int, bytes]]) -> None:
         parts: list[Entries] = []
         origin = self._origin(self.next)
         for offset, value in records:
-            if offset < self.next:
-                continue
             if offset > self.next:
                 raise TrainerError(EXIT_AGAIN, f"examples: expected offset {self.next}, got {offset}")
+            self.last_value = value
             entries = self._accept(offset, value)
             self.next = offset + 1
             if entries is not None and len(entries):
@@ -144,17 +238,20 @@ class Trainer:
         for name in Learned.__slots__:
             setattr(self.totals, name, getattr(self.totals, name) + getattr(learned, name))
 
-    def retrace(self, records: Sequence[tuple[int, bytes]], sizes: Sequence[int]) -> None:
+    def retrace(self, records: Sequence[tuple[int, bytes]], sizes: Sequence[int], skipped: Sequence[int] = ()) -> None:
         """Learn the records of one logged step, cut as they were cut then; `step` commits it."""
         origin, parts = self._origin(self.next), []
+        self.skip.update(skipped)
         for offset, value in records:
             entries = self._accept(offset, value)
             self.next = offset + 1
             if entries is not None and len(entries):
                 parts.append(entries)
-        at = 0
+        if not parts:
+            return
+        at, whole = 0, concatenate(parts)
         for size in sizes:
-            self._learn(concatenate(parts).slice(at, at + size, []), origin)
+            self._learn(whole.slice(at, at + size, []), origin)
             at += size
 
     def _origin(self, offset: int) -> Origin:
@@ -163,21 +260,30 @@ class Trainer:
     def _accept(self, offset: int, value: bytes) -> Entries | None:
         """Decode a record and drop what was learnt before; None where the item agent has dead-lettered it."""
         try:
-            return accept(Entries.from_bytes(value), self.marks)
+            entries = accept(Entries.from_bytes(value), self.marks)
+            return entries if offset not in self.skip else None
         except CodecError as error:
             log.warning("examples@%d skipped: %s", offset, error)
             return None
         except HoleError as error:
             raise TrainerError(EXIT_FOR_GOOD, f"{error}: examples lost records") from error
 
-    async def step(self) -> StepRecord | None:
-        """Commit everything since the last step in one transaction; None where nothing came. Raises TrainerError."""
+    async def step(self, logged: StepRecord | None = None) -> StepRecord | None:
+        """Commit everything since the last step in one transaction; None where nothing came. Raises TrainerError.
+
+        `logged` is the step as it was logged, where it is taken again: the lineage goes on from that very record.
+        """
         if self.next == self.committed:
             return None
         learner = self.learner
         parent, learner.model.step = learner.model.step, learner.model.step + 1
+        gone = learner.let_go(learner.excess(self._most) if logged is None else logged.gone).tolist()
         rows = learner.take_changed()
-        record = StepRecord(learner.model.step, parent, self.committed, self.next, self._sizes, self._step_seed)
+        record = logged or StepRecord(
+            learner.model.step, parent, self.committed, self.next, self._sizes, self._step_seed, v=2,
+            before=self.lineage, generation=self._store.keys.generation, gone=len(gone),
+            skipped=sorted(offset for offset in self.skip if self.committed <= offset < self.next),
+        )  # fmt: skip
         self.last_record = msgspec.msgpack.encode(record)
         keys = learner.rows.keys[rows].tolist()
         head = {
@@ -187,29 +293,36 @@ class Trainer:
         }  # fmt: skip
         values = learner.pack_state(rows)
         stored = await persist(
-            "commit", lambda: self._store.commit(expected=self.committed, head=head, keys=keys, values=values)
+            "commit",
+            lambda: self._store.commit(expected=self.committed, head=head, keys=keys, values=values, gone=gone),
         )
         if stored is not None and stored != self.next:
             raise TrainerError(
                 EXIT_AGAIN, f"weights: expected offset {self.committed} in Redis, found {stored}: a rollback or a twin"
             )
         self.committed, self._sizes = self.next, []
-        self._published = (record, keys, rows)
+        self._published = (record, keys, rows, gone)
         return record
 
     async def publish(self, record: StepRecord) -> None:
         """Feed serving with the step's rows and weights."""
-        _, keys, rows = self._published
+        _, keys, rows, gone = self._published
         model = self.learner.model
         await persist(
             "feed",
             lambda: self._store.publish_step(
                 step=record.step, first=record.first, following=record.next, keys=keys, vectors=model.pack_rows(rows),
-                dense=model.dense_bytes(),
+                dense=model.dense_bytes(), gone=gone,
             ),
         )  # fmt: skip
 
-    _published: tuple[StepRecord, list[int], Any]
+    @property
+    def lineage(self) -> int:
+        """Identity of the last committed step; 0 at the beginning."""
+        return msgspec.msgpack.decode(self.last_record, type=StepRecord).identity if self.last_record else 0
+
+    stored_epoch = ""
+    _published: tuple[StepRecord, list[int], Any, list[int]]
     _resumed: tuple[float, dict[int, int]]
 
 
@@ -236,6 +349,10 @@ def run(settings: Settings) -> None:
         _leave(EXIT_FOR_GOOD, str(error))
     except TrainerError as error:
         _leave(error.status, str(error))
+    except StoredBytesError as error:
+        _leave(EXIT_FOR_GOOD, str(error))
+    except GroundError as error:
+        _leave(EXIT_FOR_GOOD, str(error))
     except KafkaError as error:
         _leave(EXIT_AGAIN, f"Kafka: {type(error).__name__}: {error}")
 
@@ -258,47 +375,82 @@ def _leave(status: int, reason: str) -> NoReturn:
 
 async def _main(settings: Settings) -> None:
     topics = Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
-    cluster = await preflight(settings.kafka, topics)
+    await preflight(settings.kafka, topics)
     client = connect(settings.redis)
     keys = await live_keys(client, settings.namespace)
     store = ModelStore(client, keys, settings.feed_mb << 20)
-    trainer = Trainer(store=store, cluster=f"{cluster}/{topics.partitions}", seed=settings.seed)
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    producer = Log(settings.kafka)
+    producer, looking = Log(settings.kafka), None
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka, group_id=None, enable_auto_commit=False, auto_offset_reset="none",
+        **client_options(settings.kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="none",
         fetch_max_wait_ms=100, max_partition_fetch_bytes=4 << 20,
     )  # fmt: skip
     await producer.start()
     await consumer.start()
+    ground = Ground(producer, topics, await producer.epoch(topics))
+    trainer = Trainer(store=store, cluster=ground.epoch, seed=settings.seed, most=settings.max_items)
     try:
         await persist("load", trainer.load)
+        trainer.suspect(await persist("faults", store.faults))
         place = TopicPartition(topics.examples, 0)
-        await _resume(trainer, consumer, place, producer, topics)
+        await _resume(trainer, consumer, place, producer, topics, ground)
+        looking = asyncio.create_task(_look(ground))
         mark_ready()
         log.info("learner runs from examples@%d, step %d", trainer.next, trainer.learner.model.step)
+        switched = asyncio.create_task(moved(client, keys))
+        switched.add_done_callback(lambda _: stop.set())
         await _follow(trainer, consumer, place, producer, topics, lambda fields: _metrics(client, keys, fields), stop)
+        if switched.done():
+            raise TrainerError(EXIT_AGAIN, f"generation {switched.result()} is served now: starting again in it")
+    except LearningError as error:
+        raise await _blamed(error, store, DeadLetters(producer, topics), trainer) from error
     except OffsetOutOfRangeError as error:
+        await ground.check_epoch()
         raise TrainerError(
-            EXIT_FOR_GOOD, f"examples has no offset {trainer.next} any more ({error}): rebuild into a new generation"
+            EXIT_FOR_GOOD,
+            f"examples has no offset {trainer.next} any more ({error}): `freshet rebuild --switch` learns what is left",
         ) from error
     finally:
+        if looking is not None:
+            looking.cancel()
         await consumer.stop()
         await producer.stop()
         await client.aclose()
 
 
-async def _resume(trainer: Trainer, consumer: Any, place: TopicPartition, producer: Log, topics: Topics) -> None:
+async def _blamed(error: LearningError, store: ModelStore, dead: DeadLetters, trainer: Trainer) -> TrainerError:
+    """Note what raised, set a record aside whose third time it is, and return how the process is to end."""
+    text = last_lines(error.__cause__ or error)
+    count = await persist("fault", lambda: store.blame(error.first, error.next, text))
+    if count >= TRIES and error.next == error.first + 1:
+        reason = f"learning it raised {count} times: {text}"
+        await dead.send([Dead(dead.topics.examples, 0, error.first, reason, trainer.last_value)])
+    return TrainerError(EXIT_AGAIN, f"{error} ({count} of {TRIES} times before a record is set aside)")
+
+
+async def _look(ground: Ground) -> None:
+    """End the process where the topics are others than when it began."""
+    try:
+        await ground.watch()
+    except GroundError as error:
+        leave(EXIT_FOR_GOOD, str(error))
+
+
+async def _resume(
+    trainer: Trainer, consumer: Any, place: TopicPartition, producer: Log, topics: Topics, ground: Ground
+) -> None:
     """Place the consumer, refill the join window, and append the last step's record again in case it was lost."""
-    end = (await consumer.end_offsets([place]))[place]
-    if end < trainer.next:
-        raise TrainerError(
-            EXIT_FOR_GOOD, f"examples ends at {end}, the weights were learnt up to {trainer.next}: another log"
-        )
+    first, end = (await consumer.beginning_offsets([place]))[place], (await consumer.end_offsets([place]))[place]
+    await ground.check("weights", trainer.stored_epoch, {place: trainer.next}, {place: (first, end)})
     consumer.assign([place])
     offset = trainer.begin_refill()
+    if offset < first:
+        raise GroundError(
+            f"weights: the join window goes back to offset {offset}, but {place.topic}[0] begins at {first}."
+            " `freshet snapshot restore` a later one; or `freshet rebuild --switch` learns what is left"
+        )
     consumer.seek(place, offset)
     while offset < trainer.next:
         for record in (await consumer.getmany(place, timeout_ms=500)).get(place, ()):
@@ -354,6 +506,8 @@ async def _step(
             "t": round(time.time(), 3), "step": record.step, "events": done.entered, "joined": done.joined,
             "lists": done.lists, "encoder_loss": round(done.encoder_loss / max(done.entered, 1), 4),
             "ranker_loss": round(done.ranker_loss / max(done.lists, 1), 4), "next": record.next,
+            "window": len(trainer.learner.window), "learnt_items": trainer.learner.rows.known, "gone": record.gone,
+            "rss_mb": resident_mb(),
         }
     )  # fmt: skip
 

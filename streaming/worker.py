@@ -23,13 +23,17 @@ from models.profile import Profiles
 from models.rows import Rows
 from streaming import consumer
 from streaming.agents import UserAgent, attach, inlet_agents, topics_of
-from streaming.embeddings import LiveEmbeddings
+from streaming.consumer import TP, Bounds, Seek
 from streaming.events import Click, Weights, encode
 from streaming.item_agent import ItemAgent
+from streaming.kafka.address import shown
+from streaming.kafka.ground import Ground, GroundError
 from streaming.learn import UserFold, decode_part
+from streaming.recovery.generations import moved
 from streaming.state import ItemStore, MemoryUserStore, RedisUserStore, connect, live_keys
-from streaming.supervision import Progress, leave, report, watch
-from streaming.topics import Log, TopicsError, preflight
+from streaming.supervision import LoopGuard, Progress, Watchdog, leave, report
+from streaming.topics import Ends, Log, LogError, TopicsError, preflight
+from streaming.users.embeddings import LiveEmbeddings
 
 log = logging.getLogger(__name__)
 
@@ -63,73 +67,99 @@ def warm() -> None:
 async def _main(settings: Settings, role: Role, slot: int) -> None:
     topics = topics_of(settings)
     try:
-        cluster = await preflight(settings.kafka, topics)
+        await preflight(settings.kafka, topics)
     except TopicsError as error:
         leave(EXIT_FOR_GOOD, str(error))
-        raise
+    except LogError as error:
+        leave(EXIT_AGAIN, f"Kafka at {shown(settings.kafka)} does not answer: {error}")
     client = connect(settings.redis)
     keys = await live_keys(client, settings.namespace)
     producer = Log(settings.kafka)
     await producer.start()
-    progress = Progress()
-    app, background = (_users if role == "users" else _items)(settings, slot, client, keys, producer, progress, cluster)
+    progress, ground = Progress(), Ground(producer, topics, await producer.epoch(topics))
+    app, background = (_users if role == "users" else _items)(settings, slot, client, keys, producer, progress, ground)
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     app.finalize()
     await app.start()
-    while not app.consumer.assignment() and not stop.is_set():
-        await asyncio.sleep(0.02)
-    mark_ready()
-    host, _, port = settings.kafka.split(",")[0].rpartition(":")
+    member, ends = consumer.Member(app), Ends(settings.kafka)
+    LoopGuard(asyncio.get_running_loop()).start()
     background += [
-        watch(app, progress, lambda: _reachable(host, int(port))),
-        report(role, slot, app, progress, client, keys),
+        Watchdog(member, progress, ends).watch(),
+        ground.watch(),
+        report(role, slot, member, progress, client, keys),
+        _leave_when_switched(client, keys),
     ]
     tasks = [asyncio.create_task(_loud(work)) for work in background]
+    while not member.assignment() and not stop.is_set():
+        await asyncio.sleep(0.02)
+    mark_ready()
     log.info("worker %s-%d runs", role, slot)
     await stop.wait()
     for task in tasks:
         task.cancel()
     await app.stop()
+    await ends.stop()
     await producer.stop()
     await client.aclose()
 
 
 def _users(
-    settings: Settings, slot: int, client: Any, keys: Any, producer: Log, progress: Progress, cluster: str
+    settings: Settings, slot: int, client: Any, keys: Any, producer: Log, progress: Progress, ground: Ground
 ) -> tuple[Any, list[Coroutine[Any, Any, None]]]:
     topics = topics_of(settings)
     embeddings = LiveEmbeddings(client, keys)
     agent = UserAgent(
-        topics=topics, store=RedisUserStore(client, keys), log_=producer, weights=Weights(settings.event_weights),
-        progress=progress, cluster=cluster, embed=embeddings.embed,
+        topics=topics, store=RedisUserStore(client, keys), log_=producer, progress=progress, ground=ground,
+        fold=UserFold.of(settings, embed=embeddings.embed),
     )  # fmt: skip
-    app = _app(settings, "users", slot, agent)
+    inlets = inlet_agents(topics, producer, progress)
+
+    async def seek(assigned: Bounds, committed: dict[TP, int]) -> dict[TP, int]:
+        progress.assign(assigned)
+        found = await agent.offsets(assigned)
+        for topic, inlet in inlets.items():
+            found |= await inlet.offsets({tp: assigned[tp] for tp in assigned if tp.topic == topic}, committed)
+        return found
+
+    app = _app(settings, "users", slot, seek)
     attach(app, topics.events, agent.run)
-    for topic, inlet in inlet_agents(topics, producer).items():
+    for topic, inlet in inlets.items():
         attach(app, topic, inlet.run)
     return app, [embeddings.follow()]
 
 
 def _items(
-    settings: Settings, slot: int, client: Any, keys: Any, producer: Log, progress: Progress, cluster: str
+    settings: Settings, slot: int, client: Any, keys: Any, producer: Log, progress: Progress, ground: Ground
 ) -> tuple[Any, list[Coroutine[Any, Any, None]]]:
     topics = topics_of(settings)
     store = ItemStore(client, keys, settings.feed_mb << 20)
-    agent = ItemAgent(topics=topics, store=store, log_=producer, progress=progress, cluster=cluster)
-    app = _app(settings, "items", slot, agent)
+    agent = ItemAgent(
+        topics=topics, store=store, log_=producer, progress=progress, ground=ground, most=settings.max_items
+    )
+
+    async def seek(assigned: Bounds, committed: dict[TP, int]) -> dict[TP, int]:
+        progress.assign(assigned)
+        return await agent.offsets(assigned)
+
+    app = _app(settings, "items", slot, seek)
     attach(app, topics.examples, agent.run_examples)
     attach(app, topics.items, agent.run_catalogue)
     return app, [agent.tick()]
 
 
-def _app(settings: Settings, role: str, slot: int, agent: UserAgent | ItemAgent) -> Any:
+def _app(settings: Settings, role: str, slot: int, seek: Seek) -> Any:
     return consumer.create_app(
         f"{settings.namespace}-{role}", kafka=settings.kafka, form=settings.consumer, instance=f"{role}-{slot}",
-        seek=agent.offsets,
+        seek=seek,
         on_crash=lambda name, error: leave(EXIT_AGAIN, f"agent {name} crashed: {type(error).__name__}: {error}"),
     )  # fmt: skip
+
+
+async def _leave_when_switched(client: Any, keys: Any) -> None:
+    """End this process, to come back in the new one, when another generation is served."""
+    leave(EXIT_AGAIN, f"generation {await moved(client, keys)} is served now: starting again in it")
 
 
 async def _loud(work: Coroutine[Any, Any, None]) -> None:
@@ -138,15 +168,8 @@ async def _loud(work: Coroutine[Any, Any, None]) -> None:
         await work
     except asyncio.CancelledError:
         raise
+    except GroundError as error:
+        leave(EXIT_FOR_GOOD, str(error))
     except Exception as error:
         log.exception("background task failed")
         leave(EXIT_AGAIN, f"background task failed: {type(error).__name__}: {error}")
-
-
-async def _reachable(host: str, port: int) -> bool:
-    try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 2.0)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True

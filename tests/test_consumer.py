@@ -6,15 +6,17 @@ import importlib
 import inspect
 from collections import deque
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from faust.streams import Stream
 from faust.transport.conductor import Conductor
 from faust.transport.drivers.aiokafka import Consumer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streaming.consumer import TP, Chunk, ChunkConsumer, _take, create_app
+from streaming.consumer import TP, Bounds, Chunk, ChunkConsumer, _take, create_app
 
 
 def test_the_versions_whose_private_names_are_used() -> None:
@@ -40,7 +42,7 @@ def test_the_private_names_exist_with_their_arguments() -> None:
 
 
 def test_an_app_connects_to_nothing_and_declares_nothing() -> None:
-    async def seek(assigned: set[TP]) -> dict[TP, int]:
+    async def seek(assigned: Bounds, committed: dict[TP, int]) -> dict[TP, int]:
         return {}
 
     app = create_app(
@@ -82,3 +84,14 @@ def test_chunks_of_an_older_generation_are_left() -> None:
     record = SimpleNamespace(offset=0, timestamp=5, value=None)
     rest = deque([Chunk(TP("t", 0), [record], 1), Chunk(TP("t", 1), [record], 2)])
     assert _take(rest, 10, 2) == {TP("t", 1): [(0, 5, b"")]}
+
+
+def test_faust_makes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    async def seek(assigned: Bounds, committed: dict[TP, int]) -> dict[TP, int]:
+        return {}
+
+    made = create_app("ns-x", kafka="a:1", form="chunks", instance="x-0", seek=seek, on_crash=lambda name, error: None)
+    made._create_directories()
+    assert list(tmp_path.iterdir()) == []

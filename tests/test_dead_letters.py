@@ -14,6 +14,7 @@ from streaming.agents import InletAgent
 from streaming.consumer import TP
 from streaming.dead_letters import DeadLetters, Letter, letters
 from streaming.learn import Dead
+from streaming.supervision import Progress
 from streaming.topics import Log, Topics
 
 
@@ -29,7 +30,7 @@ async def test_an_inlet_sends_what_it_cannot_read_to_the_dead_letters(
         yield {TP(made.inlet("clicks"), 2): records}
 
     for _ in range(2):  # delivery is at least once
-        await InletAgent("clicks", topics=made, log_=log).run(once())
+        await InletAgent("clicks", topics=made, log_=log, progress=Progress()).run(once())
     await DeadLetters(log, made).send([Dead(made.events, 0, 1, "expected version 1", b"\xff\x00")])
     await log.stop()
     found = await letters(settings)

@@ -1,0 +1,85 @@
+"""Whether the log is still the one that state was folded from: asked on assignment, before anything is written.
+
+State says the epoch it was folded from and how far. Another cluster, another number of partitions, a topic that was
+made again, a log that ends before what is folded or begins after it: each ends the process, with the next step.
+Knows nothing of what state is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from streaming.topics import Log, LogError, Topics, TopicsError, moved
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S: Final = 1.0
+"""While it runs a process asks for the epoch this often, s."""
+MISSING_S: Final = 5.0
+"""A topic that is not there for so long was deleted, s."""
+AT_HOME: Final = (
+    "Point FRESHET_KAFKA (or FRESHET_REDIS) at the pair that belongs together. If this log is the one to go on with,"
+    " `freshet rebuild --switch` folds it into the next generation"
+)
+Bounds = Mapping[tuple[str, int], tuple[int, int]]
+"""(topic, partition) -> its first offset and its end."""
+
+
+class GroundError(RuntimeError):
+    """State and log do not belong together; the message says how that shows and names the next step."""
+
+
+class Ground:
+    """The log under a process: the epoch it began with, and whether it still is that one."""
+
+    def __init__(self, log_: Log, topics: Topics, epoch: str) -> None:
+        self._log, self._topics, self.epoch = log_, topics, epoch
+
+    async def check(self, what: str, stored: str, applied: Mapping[tuple[str, int], int], bounds: Bounds) -> None:
+        """Raise GroundError unless `what`, folded from the epoch `stored` up to `applied`, can go on from this log."""
+        await self.check_epoch()
+        difference = moved(stored, self.epoch)
+        if difference:
+            raise GroundError(f"{what}: folded from {difference}. {AT_HOME}; nothing was written")
+        for (topic, partition), following in applied.items():
+            first, end = bounds[topic, partition]
+            place = f"{topic}[{partition}]"
+            if following > end:
+                raise GroundError(
+                    f"{what}: folded up to offset {following}, but {place} ends at {end}: the log lost its end, or"
+                    " Redis is from another time. Bring that log back; or `freshet rebuild --switch` folds what is"
+                    " left of it"
+                )
+            if following < first:
+                raise GroundError(
+                    f"{what}: folded up to offset {following}, but {place} begins at {first}:"
+                    f" {first - following} records were deleted before they were folded. `freshet snapshot restore`"
+                    f" one that reaches offset {first}; or `freshet rebuild --switch` folds what is left"
+                )
+
+    async def check_epoch(self) -> None:
+        """Raise GroundError where the topics are others than when this process began."""
+        until = time.monotonic() + MISSING_S
+        while True:
+            try:
+                now = await self._log.epoch(self._topics)
+                break
+            except TopicsError as error:  # a broker that has just started may not know them yet
+                if time.monotonic() > until:
+                    raise GroundError(f"{error} It was there when this process began") from error
+                await asyncio.sleep(0.2)
+        if difference := moved(self.epoch, now):
+            raise GroundError(f"under a running process, {difference}. {AT_HOME}")
+
+    async def watch(self) -> None:
+        """Ask each second, for ever; raises GroundError. A broker that does not answer is no reason."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                await self.check_epoch()
+            except LogError as error:
+                log.debug("epoch: %s", error)

@@ -1,0 +1,8 @@
+"""What test processes are forked from (tests/forked.py): imports and compiled kernels, paid once."""
+
+from __future__ import annotations
+
+from streaming import trainer, worker
+
+worker.warm()
+trainer.warm()
