@@ -140,6 +140,13 @@ class _Connection(aioredis.Connection):
         """Return the bytes of one command; its name may hold a space, as in SCRIPT LOAD."""
         return [hiredis.pack_command((*args[0].split(), *args[1:]))]
 
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send; raises ConnectionError also where uvloop says in its own way that the connection is gone."""
+        try:
+            await super().send_packed_command(command, check_health)
+        except RuntimeError as error:  # reset since it was last used: "the handler is closed"
+            raise RedisConnectionError(str(error)) from error
+
 
 def connect(url: str, *, timeout: float = 5.0) -> Redis:
     """Return a client; nothing is sent before the first call. A dropped connection is retried once."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import shutil
 import signal
@@ -54,6 +55,7 @@ POLL_S: Final = 0.1
 PATIENCE_S: Final = 90.0
 """How long clients try, and how long the stack may take to catch up, once the faults are over, s."""
 Tell = Callable[["Run"], None]
+log = logging.getLogger("freshet.chaos")
 
 
 class ChaosError(RuntimeError):
@@ -153,6 +155,17 @@ def run_chaos(
     return report
 
 
+def _log_into(path: Path) -> logging.Handler:
+    """Write what the supervisor and the faults say into the data folder, beside the processes' logs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
+    handler.addFilter(lambda record: record.name.startswith("freshet"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("freshet").setLevel(logging.INFO)
+    return handler
+
+
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
@@ -181,6 +194,7 @@ class _Chaos:
     async def run(self) -> Report:
         """Start, publish, hit, drain, compare."""
         began = time.monotonic()
+        told = _log_into(self.stack.data / "logs" / "chaos.log")
         try:
             await asyncio.to_thread(self.stack.start)
             await asyncio.to_thread(self.stack.wait_ready)
@@ -197,6 +211,8 @@ class _Chaos:
             await asyncio.to_thread(self.stack.stop)
             for proxy in self.proxies.values():
                 proxy.stop()
+            logging.getLogger().removeHandler(told)
+            told.close()
         self.report.seconds = round(time.monotonic() - began, 1)
         return self.report
 
@@ -237,6 +253,7 @@ class _Chaos:
 
     async def _inflict(self, start: float) -> None:
         """Do the faults of this seed at its times, one at a time on each target, others meanwhile."""
+        log.info("the faults begin")
         target = Target(self.stack, self.proxies, self.random)
         under_way: set[asyncio.Task[None]] = set()
         due = start
@@ -259,6 +276,7 @@ class _Chaos:
             hit.does = await asyncio.to_thread(fault.does, target)
         finally:
             hit.over = True
+            log.info("%s: %s", hit.kind, hit.does)
             self._busy.discard(fault.on)
 
     # -- what becomes of it -------------------------------------------------------------------------------------------
@@ -305,6 +323,7 @@ class _Chaos:
                 for partition, offset in hit.beyond.items()
             ):
                 hit.recovered_s = now - hit.began
+                log.info("%s of %.1f s: recovered in %.1f s", hit.kind, hit.at, hit.recovered_s)
 
     def _stalls(self, publisher: Publisher) -> None:
         applied, watching = self._applied.get("users", {}), self.watching
@@ -367,8 +386,9 @@ class _Chaos:
         client = connect(self.stack.redis)
         try:
             keys = await live_keys(client, self.stack.settings.namespace)
-            await self._compare_users(RedisUserStore(client, keys), truth)
-            self._compare_items(await ItemStore(client, keys).load(), truth)
+            users = await self._compare_users(RedisUserStore(client, keys), truth)
+            items = self._compare_items(await ItemStore(client, keys).load(), truth)
+            report.lost, report.applied_twice = (max(pair) for pair in zip(users, items, strict=True))
         finally:
             await client.aclose()
         began = time.monotonic()
@@ -378,8 +398,9 @@ class _Chaos:
         report.rows_differing = len(found.differing)
         report.differing += found.differing[:50]
 
-    async def _compare_users(self, store: RedisUserStore, truth: Truth) -> None:
-        report, partitions = self.report, self.topics.partitions
+    async def _compare_users(self, store: RedisUserStore, truth: Truth) -> tuple[int, int]:
+        """Return how many events are lost and how many were applied twice, by the users' counters."""
+        report, partitions, lost, twice = self.report, self.topics.partitions, 0, 0
         for user in sorted({user for user, _ in (*truth.counts, *truth.unknown)}):
             read = await read_user(store, partition_of(user, partitions), user)
             counters = unpack(read.profiles[0], read.seen[0]).counters
@@ -389,9 +410,12 @@ class _Chaos:
                 most = least + truth.unknown[user, kind]
                 report.applied += found
                 self._differs(f"user {user}, {kind}s", found, least, most)
+                lost, twice = lost + max(0, least - found), twice + max(0, found - most)
+        return lost, twice
 
-    def _compare_items(self, loaded: tuple[dict[str, bytes], list[tuple[int, bytes]]], truth: Truth) -> None:
-        items, rows = Items(rows=Rows()), loaded[1]
+    def _compare_items(self, loaded: tuple[dict[str, bytes], list[tuple[int, bytes]]], truth: Truth) -> tuple[int, int]:
+        """The same by the items' undecayed counts: a user counts once, however many events met the item."""
+        items, rows, lost, twice = Items(rows=Rows()), loaded[1], 0, 0
         if rows:
             items.load(np.array([key for key, _ in rows], np.uint64), [value for _, value in rows])
         wanted = {item_hash(item): (item, count) for item, count in truth.met.items()}
@@ -399,10 +423,11 @@ class _Chaos:
         for key, row in zip(sorted(wanted), at.tolist(), strict=True):
             item, count = wanted[key]
             found = round(float(items.popularity.weights[row, -1])) if row >= 0 else 0
-            self._differs(f"item {item}, users that met it", found, count, count + truth.unknown.total())
+            most = count + truth.unknown.total()
+            self._differs(f"item {item}, users that met it", found, count, most)
+            lost, twice = lost + max(0, count - found), twice + max(0, found - most)
+        return lost, twice
 
     def _differs(self, what: str, found: int, least: int, most: int) -> None:
-        self.report.lost += max(0, least - found)
-        self.report.applied_twice += max(0, found - most)
         if not least <= found <= most:
             self.report.differing.append(f"{what}: published {least}, applied {found}")

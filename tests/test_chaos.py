@@ -1,0 +1,176 @@
+"""Everything is broken at random times, nothing is lost or counted twice; the proxy and the stream that prove it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import uvloop
+from typer.testing import CliRunner
+
+from infra.cli import app
+from infra.proving.chaos import Report, run_chaos
+from infra.proving.faults import FAULTS, drawn
+from infra.proving.proxy import Proxy
+from infra.proving.publisher import Stream
+from streaming.state import StoreUnavailable, connect
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_minute_of_chaos_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> None:
+    stages: set[str] = set()
+    report = run_chaos(kills=9, seed=33, seconds=45, data=tmp_path, tell=lambda run: stages.add(run.stage))
+    assert report.held, (report.differing, report.as_dict())
+    assert (report.lost, report.applied_twice, report.rows_differing, report.unknown) == (0, 0, 0, 0)
+    assert report.applied == report.accepted == report.published > 3000
+    assert report.duplicates > 0
+    assert sum(report.kills.values()) == 9
+    assert len({FAULTS[kind].on for kind in report.kills}) >= 5
+    assert report.unrecovered == 0
+    assert report.recover_max_s is not None
+    assert report.recover_max_s < 45
+    assert stages >= {"faults", "draining", "comparing"}
+    assert {"chaos.log", "users-0.log", "api.log"} <= {path.name for path in (tmp_path / "logs").iterdir()}
+
+
+def test_faults_are_those_of_the_seed() -> None:
+    assert list(drawn(30, 5)) == list(drawn(30, 5)) != list(drawn(30, 6))
+    deck = Counter({kind: fault.often for kind, fault in FAULTS.items()})
+    assert Counter(drawn(deck.total(), 1)) == deck
+
+
+def test_a_report_that_does_not_hold_says_so() -> None:
+    assert Report().held
+    for name in ("lost", "applied_twice", "rows_differing", "unknown", "dead_lettered"):
+        assert not Report(**{name: 1}).held  # type: ignore[arg-type]
+
+
+def test_the_verb_refuses_a_folder_with_something_in_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    result = CliRunner().invoke(app, ["chaos", "--kills", "1", "--data", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "is not empty" in str(result.exception)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_user_meets_an_item_once_and_every_event_has_an_id() -> None:
+    stream = Stream(3)
+    stream.slates["u1"] = ("slate", ["i1", "i2"])
+    visits = [stream.visit() for _ in range(2000)]
+    pairs = [(visit[0]["user_id"], visit[0]["item_id"]) for visit in visits]
+    assert len(set(pairs)) == len(pairs)
+    events = [event for visit in visits for event in visit]
+    assert len({event["event_id"] for event in events}) == len(events)
+    assert {event["type"] for event in events} == {"click", "view", "dwell", "rating", "action"}
+    assert all(sum(event["type"] == "click" for event in visit) == 1 for visit in visits)
+    assert all(event["ts"] < time.time() + 3 for event in events)
+
+
+# -- the proxy --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def echoing() -> AsyncIterator[Proxy]:
+    """A proxy before a server that answers what it is told."""
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1024):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    proxy = Proxy("echo", seed=1).start()
+    proxy.lead_to(server.sockets[0].getsockname()[1])
+    try:
+        yield proxy
+    finally:
+        proxy.stop()
+        server.close()
+        assert "proxy-echo" not in {thread.name for thread in threading.enumerate()}
+
+
+Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def ask(line: Line, seconds: float = 2.0) -> bytes:
+    line[1].write(b"hello")
+    return await asyncio.wait_for(line[0].read(1024), seconds)
+
+
+async def test_a_proxy_carries_and_cuts() -> None:
+    async with echoing() as proxy:
+        line = await asyncio.open_connection("127.0.0.1", proxy.port)
+        assert await ask(line) == b"hello"
+        assert proxy.cut(seconds=0.3) == 1
+        with pytest.raises(ConnectionResetError):
+            await ask(line)
+        refused = await asyncio.open_connection("127.0.0.1", proxy.port)
+        with pytest.raises(ConnectionResetError):
+            await ask(refused)
+        await asyncio.sleep(0.35)
+        again = await asyncio.open_connection("127.0.0.1", proxy.port)
+        assert await ask(again) == b"hello"
+        for _, writer in (line, refused, again):
+            writer.close()
+
+
+async def test_a_proxy_stalls_and_then_lets_everything_through() -> None:
+    async with echoing() as proxy:
+        line = await asyncio.open_connection("127.0.0.1", proxy.port)
+        assert await ask(line) == b"hello"
+        proxy.stall(seconds=0.3)
+        began = time.monotonic()
+        assert await ask(line) == b"hello"
+        assert time.monotonic() - began > 0.2
+        line[1].close()
+
+
+async def test_a_half_closed_connection_ends_or_never_answers_again() -> None:
+    async with echoing() as proxy:
+        lines = [await asyncio.open_connection("127.0.0.1", proxy.port) for _ in range(20)]
+        for line in lines:
+            assert await ask(line) == b"hello"
+        assert proxy.half_close(share=1.0) == 20
+        ended = silent = 0
+        for line in lines:
+            try:
+                assert await ask(line, 0.05) == b""
+                ended += 1
+            except TimeoutError:
+                silent += 1
+        assert ended > 3
+        assert silent > 3
+        fresh = await asyncio.open_connection("127.0.0.1", proxy.port)
+        assert await ask(fresh) == b"hello"
+        for _, writer in (*lines, fresh):
+            writer.close()
+
+
+# -- what chaos found -------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_that_was_reset_counts_as_redis_being_away(redis_url: str) -> None:
+    """uvloop raises RuntimeError for it, redis-py lets that through: it ended processes instead of being retried."""
+
+    async def reset_between_two_commands() -> None:
+        client = connect(redis_url)
+        connection = await client.connection_pool.get_connection()
+        await connection.connect()
+        connection._writer.transport.abort()
+        await asyncio.sleep(0.01)
+        with pytest.raises(StoreUnavailable):
+            await connection.send_command("PING", check_health=False)
+        await client.connection_pool.release(connection)
+        assert await client.ping()
+        await client.aclose()
+
+    uvloop.run(reset_between_two_commands())
