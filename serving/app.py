@@ -151,12 +151,25 @@ async def keep_log(parts: Parts) -> None:
                 await preflight(parts.settings.kafka, parts.topics)
                 await parts.log.start()
                 started = True
+            if parts.log.broken:
+                log.error("the producer failed for good; making a new one")
+                started = False
+                await _closed(parts.log)
+                continue
             async with asyncio.timeout(2 * PING_S):
                 await parts.log.ping()
             parts.log_problem = ""
-        except (LogError, TopicsError, OSError, TimeoutError) as error:
+        except (LogError, TopicsError, OSError, TimeoutError, RuntimeError) as error:
+            # RuntimeError: uvloop's word for a connection that was reset since it was last used
             parts.log_problem = f"{type(error).__name__}: {error}"
         await asyncio.sleep(PING_S if started else 0.5)
+
+
+async def _closed(producer: Log) -> None:
+    """Close a producer, however that goes: what it held was refused or is sent again by its clients."""
+    with contextlib.suppress(LogError, OSError, TimeoutError, RuntimeError):
+        async with asyncio.timeout(2 * PING_S):
+            await producer.stop()
 
 
 async def _warm(parts: Parts) -> None:

@@ -267,17 +267,31 @@ class Log:
 
     async def start(self) -> None:
         """Connect."""
-        self._producer = AIOKafkaProducer(
+        producer = AIOKafkaProducer(
             **client_options(self._bootstrap), acks="all", enable_idempotence=True, linger_ms=self._linger_ms,
             max_request_size=MAX_MESSAGE_BYTES, max_batch_size=262_144, request_timeout_ms=30_000,
         )  # fmt: skip
-        await self._producer.start()
+        try:
+            await producer.start()
+        except BaseException:
+            await producer.stop()
+            raise
+        self._producer = producer
 
     async def ping(self) -> None:
         """Ask the cluster for its topics; raises LogError where it does not answer."""
         if self._producer is None:
             raise LogError("not connected")
         await self._producer.client.fetch_all_metadata()
+
+    @property
+    def broken(self) -> bool:
+        """Whether its sending ended for good, as an idempotent producer's does at an error that it cannot place.
+
+        Only a new producer helps then: `stop`, `start`.
+        """
+        task = None if self._producer is None else self._producer._sender.sender_task
+        return task is not None and task.done()
 
     async def epoch(self, topics: Topics) -> str:
         """Return `epoch` over the connection that is there; raises LogError, TopicsError."""
@@ -290,9 +304,9 @@ class Log:
 
     async def stop(self) -> None:
         """Send what is pending and disconnect."""
-        if self._producer is not None:
-            await self._producer.stop()
-            self._producer = None
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await producer.stop()
 
     async def append(self, topic: str, records: Iterable[Record]) -> dict[int, int]:
         """Append records; return partition -> highest offset once every one is acknowledged by all replicas."""
@@ -305,7 +319,7 @@ class Log:
     async def submit(self, topic: str, records: Iterable[Record]) -> list[asyncio.Future[tuple[Any, int]]]:
         """Hand records over in order and return futures of their acknowledgements."""
         if self._producer is None:
-            raise RuntimeError("the log is not started: call start() first")
+            raise LogError("not connected")
         by_partition: dict[int, list[tuple[bytes | None, bytes]]] = defaultdict(list)
         for partition, key, value in records:
             by_partition[partition].append((key, value))

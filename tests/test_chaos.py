@@ -7,8 +7,9 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -19,7 +20,10 @@ from infra.proving.chaos import Report, run_chaos
 from infra.proving.faults import FAULTS, drawn
 from infra.proving.proxy import Proxy
 from infra.proving.publisher import Stream
+from infra.settings import Settings
+from serving.app import create_parts, keep_log
 from streaming.state import StoreUnavailable, connect
+from streaming.topics import LogError
 
 
 @pytest.mark.slow
@@ -174,3 +178,35 @@ def test_a_connection_that_was_reset_counts_as_redis_being_away(redis_url: str) 
         await client.aclose()
 
     uvloop.run(reset_between_two_commands())
+
+
+async def test_the_api_makes_a_new_producer_when_its_own_failed_for_good(settings: Settings, topics: Any) -> None:
+    """An idempotent producer ends at an error that it cannot place; the API answered 503 until it was restarted."""
+    await topics(settings.partitions)
+    parts = create_parts(settings)
+    task = asyncio.create_task(keep_log(parts))
+
+    async def appended() -> bool:
+        try:
+            return bool(await asyncio.wait_for(parts.log.append(parts.topics.events, [(0, b"u", b"{}")]), 1.0))
+        except (LogError, TimeoutError):
+            return False
+
+    try:
+        await until(appended)
+        failed = parts.log._producer
+        assert failed is not None
+        failed._sender.sender_task.cancel()
+        await until(appended)
+        assert parts.log._producer is not failed
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await parts.log.stop()
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        await asyncio.sleep(0.05)
