@@ -31,6 +31,7 @@ from models.model import STATE_FORM, STATE_ROW
 from models.rows import Rows
 from streaming.dead_letters import DeadLetters
 from streaming.kafka.ground import Ground, GroundError
+from streaming.kafka.reading import Reading
 from streaming.learn import Dead
 from streaming.recovery.generations import moved
 from streaming.state import (
@@ -45,7 +46,7 @@ from streaming.state import (
     persist,
 )
 from streaming.supervision import TRIES, last_lines, leave
-from streaming.topics import Log, Topics, TopicsError, client_options, preflight
+from streaming.topics import Ends, Log, Topics, TopicsError, client_options, preflight
 
 log = logging.getLogger(__name__)
 
@@ -382,7 +383,7 @@ async def _main(settings: Settings) -> None:
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    producer, looking = Log(settings.kafka), None
+    producer, looking, ends = Log(settings.kafka), None, Ends(settings.kafka)
     consumer = AIOKafkaConsumer(
         **client_options(settings.kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="none",
         fetch_max_wait_ms=100, max_partition_fetch_bytes=4 << 20,
@@ -395,13 +396,14 @@ async def _main(settings: Settings) -> None:
         await persist("load", trainer.load)
         trainer.suspect(await persist("faults", store.faults))
         place = TopicPartition(topics.examples, 0)
-        await _resume(trainer, consumer, place, producer, topics, ground)
+        reading = Reading(consumer, place, ends)
+        await _resume(trainer, consumer, place, reading, producer, topics, ground)
         looking = asyncio.create_task(_look(ground))
         mark_ready()
         log.info("learner runs from examples@%d, step %d", trainer.next, trainer.learner.model.step)
         switched = asyncio.create_task(moved(client, keys))
         switched.add_done_callback(lambda _: stop.set())
-        await _follow(trainer, consumer, place, producer, topics, lambda fields: _metrics(client, keys, fields), stop)
+        await _follow(trainer, reading, producer, topics, lambda fields: _metrics(client, keys, fields), stop)
         if switched.done():
             raise TrainerError(EXIT_AGAIN, f"generation {switched.result()} is served now: starting again in it")
     except LearningError as error:
@@ -416,6 +418,7 @@ async def _main(settings: Settings) -> None:
         if looking is not None:
             looking.cancel()
         await consumer.stop()
+        await ends.stop()
         await producer.stop()
         await client.aclose()
 
@@ -439,8 +442,9 @@ async def _look(ground: Ground) -> None:
 
 
 async def _resume(
-    trainer: Trainer, consumer: Any, place: TopicPartition, producer: Log, topics: Topics, ground: Ground
-) -> None:
+    trainer: Trainer, consumer: Any, place: TopicPartition, reading: Reading, producer: Log, topics: Topics,
+    ground: Ground,
+) -> None:  # fmt: skip
     """Place the consumer, refill the join window, and append the last step's record again in case it was lost."""
     first, end = (await consumer.beginning_offsets([place]))[place], (await consumer.end_offsets([place]))[place]
     await ground.check("weights", trainer.stored_epoch, {place: trainer.next}, {place: (first, end)})
@@ -453,7 +457,7 @@ async def _resume(
         )
     consumer.seek(place, offset)
     while offset < trainer.next:
-        for record in (await consumer.getmany(place, timeout_ms=500)).get(place, ()):
+        for record in await reading.get(offset, timeout_ms=500):
             if record.offset < trainer.next:
                 trainer.refill(record.offset, record.value)
             offset = record.offset + 1
@@ -464,15 +468,15 @@ async def _resume(
 
 
 async def _follow(
-    trainer: Trainer, consumer: Any, place: TopicPartition, producer: Log, topics: Topics,
+    trainer: Trainer, reading: Reading, producer: Log, topics: Topics,
     tell: Callable[[dict[str, Any]], Awaitable[None]], stop: asyncio.Event,
 ) -> None:  # fmt: skip
     """Learn until told to stop: gather records for 50 ms or 64 entries, step every second."""
     stepped = time.monotonic()
     while not stop.is_set():
         started = time.monotonic()
-        fetched = await consumer.getmany(place, timeout_ms=int(1000 * MICRO_BATCH_S), max_records=MICRO_BATCH)
-        records = [(record.offset, record.value) for record in fetched.get(place, ())]
+        fetched = await reading.get(trainer.next, timeout_ms=int(1000 * MICRO_BATCH_S), max_records=MICRO_BATCH)
+        records = [(record.offset, record.value) for record in fetched]
         while records and not stop.is_set():
             size, count = 0, 0
             while count < len(records) and size < 24 * 1024 * MICRO_BATCH:
@@ -487,7 +491,7 @@ async def _follow(
         if time.monotonic() - stepped >= STEP_S:
             await _step(trainer, producer, topics, tell)
             stepped = time.monotonic()
-        if consumer.highwater(place) in (None, trainer.next):
+        if reading.at_end(trainer.next):
             await asyncio.sleep(max(0.0, MICRO_BATCH_S - (time.monotonic() - started)))
     await _step(trainer, producer, topics, tell)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from typer.testing import CliRunner
 
 from infra.cli import app
@@ -22,8 +23,9 @@ from infra.proving.proxy import Proxy
 from infra.proving.publisher import Stream
 from infra.settings import Settings
 from serving.app import create_parts, keep_log
+from streaming.kafka.reading import Reading, SilenceError
 from streaming.state import StoreUnavailable, connect
-from streaming.topics import LogError
+from streaming.topics import Ends, Log, LogError
 
 
 @pytest.mark.slow
@@ -210,3 +212,35 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 15.0)
     while not await condition():
         assert time.monotonic() < end, f"not so within {seconds} s"
         await asyncio.sleep(0.05)
+
+
+async def test_records_that_wait_and_do_not_come_end_the_reader(kafka: str, topics: Any) -> None:
+    """aiokafka's fetching may end in silence, or wait 40 s on a dead connection: the learner stood still."""
+    made = await topics(1)
+    place, log = TopicPartition(made.examples, 0), Log(kafka)
+    await log.start()
+    consumer, ends = AIOKafkaConsumer(bootstrap_servers=kafka, group_id=None, auto_offset_reset="none"), Ends(kafka)
+    await consumer.start()
+    try:
+        consumer.assign([place])
+        consumer.seek(place, 0)
+        reading = Reading(consumer, place, ends, silent_s=0.2)
+        for _ in range(8):  # an empty topic is no silence
+            assert await reading.get(0, timeout_ms=100) == []
+        await log.append(made.examples, [(0, None, b"one")])
+        while not (found := await reading.get(0, timeout_ms=100)):
+            pass
+        assert [record.value for record in found] == [b"one"]
+        consumer._fetcher._fetch_task.cancel()
+        await log.append(made.examples, [(0, None, b"two")])
+
+        async def read_on() -> None:
+            for _ in range(30):
+                await reading.get(1, timeout_ms=100)
+
+        with pytest.raises(SilenceError, match=r"examples\[0\]: 1 records wait from 1 on"):
+            await read_on()
+    finally:
+        await consumer.stop()
+        await ends.stop()
+        await log.stop()
