@@ -42,6 +42,7 @@ from streaming.topics import Log, LogError, Topics, TopicsError, preflight
 
 LOOKUP_TIMEOUT_S = 0.5
 PING_S = 2.0
+CONNECT_S = 10.0
 MAX_CONNECTIONS = 2048
 _STARTUP_FAILED = 3  # uvicorn's exit code for a lifespan that raised
 log = logging.getLogger("freshet.serving")
@@ -144,32 +145,33 @@ async def _check_topics(parts: Parts) -> None:
 
 async def keep_log(parts: Parts) -> None:
     """Connect to Kafka, again and again until it answers; then watch whether it still does."""
-    started = False
+    started = silent = False
     while True:
         try:
             if not started:
-                await preflight(parts.settings.kafka, parts.topics)
-                await parts.log.start()
+                async with asyncio.timeout(CONNECT_S):
+                    await preflight(parts.settings.kafka, parts.topics)
+                    await parts.log.start()
                 started = True
-            if parts.log.broken:
-                log.error("the producer failed for good; making a new one")
-                started = False
-                await _closed(parts.log)
-                continue
             async with asyncio.timeout(2 * PING_S):
                 await parts.log.ping()
             parts.log_problem = ""
         except (LogError, TopicsError, OSError, TimeoutError, RuntimeError) as error:
             # RuntimeError: uvloop's word for a connection that was reset since it was last used
             parts.log_problem = f"{type(error).__name__}: {error}"
+            silent = started and isinstance(error, TimeoutError)  # its client waits 30 s for what never comes
+        if started and (silent or parts.log.broken):
+            log.warning("Kafka: the producer %s; making a new one", "gets no answer" if silent else "failed for good")
+            started = silent = False
+            await _dropped(parts.log)
         await asyncio.sleep(PING_S if started else 0.5)
 
 
-async def _closed(producer: Log) -> None:
-    """Close a producer, however that goes: what it held was refused or is sent again by its clients."""
+async def _dropped(producer: Log) -> None:
+    """Give a producer up, however that goes: what it held is refused, and sent again by its clients."""
     with contextlib.suppress(LogError, OSError, TimeoutError, RuntimeError):
-        async with asyncio.timeout(2 * PING_S):
-            await producer.stop()
+        async with asyncio.timeout(PING_S):
+            await producer.drop()
 
 
 async def _warm(parts: Parts) -> None:

@@ -129,7 +129,7 @@ async def create_topics(bootstrap: str, topics: Topics) -> None:
 
 async def describe(bootstrap: str, names: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
     """Return (cluster id, topic -> (partitions, topic id)); a missing topic has 0 partitions. Needs Kafka 2.8."""
-    admin = AIOKafkaAdminClient(**client_options(bootstrap))
+    admin = AIOKafkaAdminClient(**client_options(bootstrap), request_timeout_ms=10_000)
     await admin.start()
     try:
         return _described(await admin._send_request(MetadataOf(names)), names)
@@ -307,6 +307,17 @@ class Log:
         producer, self._producer = self._producer, None
         if producer is not None:
             await producer.stop()
+
+    async def drop(self) -> None:
+        """Disconnect at once; what is pending fails with LogError, and may or may not have been stored."""
+        producer, self._producer = self._producer, None
+        if producer is None:
+            return
+        if producer._sender.sender_task is not None:
+            producer._sender.sender_task.cancel()
+        producer._message_accumulator.fail_all(LogError("the connection was given up"))
+        await producer.client.close()
+        await producer.stop()
 
     async def append(self, topic: str, records: Iterable[Record]) -> dict[int, int]:
         """Append records; return partition -> highest offset once every one is acknowledged by all replicas."""
