@@ -23,14 +23,14 @@ from streaming.topics import client_options
 DAY_S = 86_400.0
 
 
-async def trim(settings: Settings, manifest: Manifest) -> dict[str, int]:
+async def trim(settings: Settings, manifest: Manifest, *, now: float = 0.0) -> dict[str, int]:
     """Delete records that the snapshot covers and that are older than `retention_days`; return how many, by topic.
 
-    What the served generation has not folded yet stays as well, whatever its age.
+    What the served generation has not folded yet stays as well, whatever its age. `now` is from when age counts, s.
     """
     if not settings.retention_days:
         return {}
-    old = await cuts.ends(settings, until=time.time() - settings.retention_days * DAY_S)
+    old = await cuts.ends(settings, until=(now or time.time()) - settings.retention_days * DAY_S)
     client = connect(settings.redis)
     try:
         served = await folded(settings, await live_keys(client, settings.namespace))
