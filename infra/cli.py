@@ -262,11 +262,18 @@ def demo(
 @app.command(rich_help_panel=LEARN)
 def bench(
     what: Annotated[
-        list[str] | None, typer.Argument(help="ingest, lookup, freshness; default: all three.", show_default=False)
+        list[str] | None,
+        typer.Argument(help="ingest, lookup, freshness: default. Or, alone: overload, soak.", show_default=False),
     ] = None,
     as_json: Json = False,
-    seconds: Annotated[float, typer.Option(help="Length of the measured load of lookup.", min=1, max=3600)] = 60.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Length of the load; default 60, of soak 600.", min=1, max=86_400, show_default=False),
+    ] = None,
     backlog: Annotated[int, typer.Option(help="Events that ingest drains.", min=5000, max=5_000_000)] = 200_000,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the memory of soak into this picture.", show_default=False)
+    ] = None,
 ) -> None:
     """Measure ingest, lookups and freshness on a private stack, each beside a floor of the same run.
 
@@ -275,14 +282,28 @@ def bench(
 
       freshet bench                              all three, about four minutes
       freshet bench lookup --seconds 20 --json
+      freshet bench overload                     three times too many events: are lookups as quick?
+      freshet bench soak --plot memory.png       ten minutes of new users and items: is memory flat?
     """
+    if what == ["overload"]:
+        from infra.proving.overload import overload_verb
+
+        with _ended_by_signals():
+            overload_verb(seconds or 60.0, as_json=as_json)
+        return
+    if what == ["soak"]:
+        from infra.proving.soak import soak_verb
+
+        with _ended_by_signals():
+            soak_verb(seconds or 600.0, as_json=as_json, picture=plot)
+        return
     from infra.proving.bench import WHAT, bench_for_people, show
 
     chosen = [name for name in WHAT if name in (what or WHAT)]
     if unknown := set(what or ()) - set(WHAT):
         fail(f"bench: expected some of {', '.join(WHAT)}, got {', '.join(sorted(unknown))}", 2)
     with _ended_by_signals():
-        report = bench_for_people(chosen, seconds=seconds, backlog=backlog, screen=console(err=True))
+        report = bench_for_people(chosen, seconds=seconds or 60.0, backlog=backlog, screen=console(err=True))
     if as_json:
         show_json(report)
     else:

@@ -30,7 +30,10 @@ def collect(settings: Settings) -> dict[str, Any]:
         "namespace": settings.namespace,
         "supervisor": stack.get("supervisor") if psutil.pid_exists(int(stack.get("supervisor") or -1)) else None,
         "processes": {name: _process(pid) for name, pid in (stack.get("processes") or {}).items()},
-        "kafka": {"address": settings.kafka, "answers": bool(settings.kafka) and kafka_answers(settings.kafka)},
+        "kafka": {
+            "address": _masked(settings, "kafka"),
+            "answers": bool(settings.kafka) and kafka_answers(settings.kafka),
+        },
         "redis": {"address": _masked(settings, "redis"), "answers": _redis_answers(settings)},
         "api": {"address": api, "ready": ask(api + "/health/ready", settings.admin_key) is not None},
     }
@@ -95,7 +98,10 @@ def table(told: dict[str, Any]) -> Any:
     parts += [rows] if told["processes"] else ["No stack runs in this folder: `freshet up` starts one."]
     for name in ROUTES:
         if isinstance(told[name], dict):
-            parts.append(facts(name, told[name]))
+            shown = {key: value for key, value in told[name].items() if key != "memory"}
+            parts.append(facts(name, shown))
+            if memory := told[name].get("memory"):
+                parts.append(facts("memory", {**memory["redis"], "processes_mb": memory["process_mb"]}))
     return Group(*parts)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -59,6 +60,13 @@ FOLD_LAG = Series(
 LOOP_DELAY = Series("freshet_loop_delay_seconds", "gauge", "How late this process's event loop is, smoothed.")
 BUFFER_USED = Series("freshet_buffer_used", "gauge", "What a buffer of this process holds.", ("buffer",))
 BUFFER_BOUND = Series("freshet_buffer_bound", "gauge", "What a buffer of this process may hold.", ("buffer",))
+PROCESS_BYTES = Series("freshet_process_bytes", "gauge", "Resident memory of a process, as it last told.", ("process",))
+REDIS_BYTES = Series(
+    "freshet_redis_bytes", "gauge", "Estimate of what Redis holds by kind; total: all of it, whoever's.", ("kind",)
+)  # fmt: skip
+KEPT = Series("freshet_kept", "gauge", "Users, items with behaviour and learnt items that Redis keeps.", ("what",))
+KEPT_BOUND = Series("freshet_kept_bound", "gauge", "How many of them may be kept (max_users, max_items).", ("what",))
+BAD = Series("freshet_snapshot_bad", "gauge", "Values in Redis that this process cannot read and leaves out.")
 UNREADABLE = Series(
     "freshet_profiles_unreadable_total", "counter", "Reads of a profile whose bytes no codec here reads."
 )  # fmt: skip
@@ -150,6 +158,11 @@ def configure_logging(level: str = "info") -> None:
 
 def _foreign(name: str) -> bool:
     return name.split(".", 1)[0] in ("aiokafka", "kafka", "faust", "mode")
+
+
+def resident_mb() -> float:
+    """Return the memory that this process holds, MB."""
+    return round(psutil.Process().memory_info().rss / 1e6, 1)
 
 
 def mark_ready() -> None:

@@ -13,13 +13,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from infra.telemetry import (
+    BAD,
     BUFFER_BOUND,
     BUFFER_USED,
     CONTENT_TYPE,
     FOLD_LAG,
+    KEPT,
+    KEPT_BOUND,
     LOOP_DELAY,
+    PROCESS_BYTES,
+    REDIS_BYTES,
     SNAPSHOT_POSITION,
     SNAPSHOT_ROWS,
+    resident_mb,
 )  # fmt: skip
 from models.decay import NAMES, STEPS
 from models.examples import KIND_NAMES, CodecError
@@ -65,7 +71,9 @@ async def metrics(parts: Parts, request: Request) -> Response:
     snapshot, telemetry = parts.snapshot, parts.telemetry
     telemetry.set(SNAPSHOT_POSITION, snapshot.live.items_position, feed="items")
     telemetry.set(SNAPSHOT_POSITION, snapshot.live.model_position, feed="model")
-    telemetry.set(SNAPSHOT_ROWS, snapshot.live.items.n, feed="items")
+    telemetry.set(SNAPSHOT_ROWS, snapshot.live.items.rows.known, feed="items")
+    telemetry.set(BAD, len(snapshot.live.bad))
+    await _set_sizes(parts)
     telemetry.set(LOOP_DELAY, parts.overload.delay_s)
     for fold, behind in parts.overload.lag.items():
         telemetry.set(FOLD_LAG, behind, fold=fold)
@@ -73,6 +81,20 @@ async def metrics(parts: Parts, request: Request) -> Response:
         telemetry.set(BUFFER_USED, held["used"], buffer=name)
         telemetry.set(BUFFER_BOUND, held["bound"], buffer=name)
     return Response(telemetry.exposition(), media_type=CONTENT_TYPE)
+
+
+async def _set_sizes(parts: Parts) -> None:
+    """Put what processes and Redis hold into the gauges."""
+    telemetry, kept = parts.telemetry, parts.settings
+    sizes, resident = await parts.snapshot.sizes(kept.partitions)
+    for process, megabytes in {**resident, "api": resident_mb()}.items():
+        telemetry.set(PROCESS_BYTES, megabytes * 1e6, process=process)
+    for kind, size in sizes.bytes.items():
+        telemetry.set(REDIS_BYTES, size, kind=kind)
+    bounds = {"users": kept.max_users, "items": kept.max_items, "learnt": kept.max_items}
+    for what, count in {"users": sizes.users, "items": sizes.items, "learnt": sizes.learnt}.items():
+        telemetry.set(KEPT, count, what=what)
+        telemetry.set(KEPT_BOUND, bounds[what], what=what)
 
 
 async def settings(parts: Parts, request: Request) -> Response:
@@ -121,7 +143,9 @@ async def models(parts: Parts, request: Request) -> Response:
 
 async def state(parts: Parts, request: Request) -> Response:
     """GET /-/state: positions, feeds, buffers, what is degraded and why."""
-    return json_response(state_of(parts))
+    sizes, resident = await parts.snapshot.sizes(parts.settings.partitions)
+    memory = {"process_mb": {**resident, "api": resident_mb()}, "redis": sizes.as_dict()}
+    return json_response({**state_of(parts), "memory": memory})
 
 
 def state_of(parts: Parts) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from models.items import sound as sound_items
 from models.model import STATE_FORM, STATE_ROW, Model
 from models.rows import Rows
 from streaming import events
+from streaming.sizes import CURVES, Sizes, redis_sizes
 from streaming.state import (
     Delta,
     ItemStore,
@@ -51,6 +52,7 @@ MAX_PENDING: Final = 64
 """Parts of a model step, of about 1 MB each, that wait for its end; with more the whole model is loaded instead."""
 SERVED_FORM: Final = 1
 """Form of the model rows in the feed; Redis holds the learner's."""
+SIZES_S: Final = 10.0
 POINTER_S: Final = 1.0
 BACK_OFF_S: Final = (0.05, 2.0)
 _LAST_SEQUENCE: Final = 2**64 - 1
@@ -185,6 +187,7 @@ class Snapshot:
         self.loaded = self.connected = False
         self.reloads = 0
         self._reason = "not loaded yet"
+        self._sizes, self._resident, self._sized_at = Sizes(), dict[str, float](), -SIZES_S
         self._task: asyncio.Task[None] | None = None
         self._over, self._stopping = asyncio.Event(), False
         self._use(Keys(namespace))
@@ -254,6 +257,19 @@ class Snapshot:
     async def read_metrics(self, name: str, after: str, count: int) -> list[tuple[str, dict[str, str]]]:
         """Read points of a learning curve after an id, or its newest `count` for "-"; raises what Redis raises."""
         return await read_metrics(self._feeds, self.keys.metrics(name), after=after, count=count)
+
+    async def sizes(self, partitions: int) -> tuple[Sizes, dict[str, float]]:
+        """Return what Redis holds and the memory of workers and learner, MB, as they last told; at most 10 s old."""
+        if time.monotonic() - self._sized_at > SIZES_S:
+            self._sized_at = time.monotonic()
+            with contextlib.suppress(StoreError, *StoreUnavailable):
+                self._sizes = await redis_sizes(self._feeds, self.keys, partitions)
+                for name in CURVES:
+                    for _, fields in await read_metrics(self._feeds, self.keys.metrics(name), count=8):
+                        if "rss_mb" in fields:
+                            slot = f"-{fields['slot']}" if "slot" in fields else ""
+                            self._resident[name + slot] = float(fields["rss_mb"])
+        return self._sizes, self._resident
 
     async def _run(self) -> None:
         pause = BACK_OFF_S[0]

@@ -13,6 +13,7 @@ Files in the order in which one event travels through them:
     learn        the folds: events + state -> writes; pure, synchronous, no clock
     users/       what is read and written of users, the store in memory, cached embeddings
     state        Redis keys, reads and atomic commits; the only importer of redis
+    sizes        how much Redis holds, by kind
     feeds        what changed, told to those who hold rows in memory
     trainer      the learner process
     dead_letters  what could not be folded, each once

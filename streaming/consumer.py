@@ -252,6 +252,11 @@ class Member:
                 continue
         return ends
 
+    def queued(self) -> int:
+        """Return how many fetches wait for the agents, QUEUED_CHUNKS a topic at most (stock: messages, 4,096)."""
+        channels = {channel for found in self._app.topics._topic_name_index.values() for channel in found}
+        return sum(int(channel.queue.qsize()) for channel in channels)
+
     def dead_agents(self) -> list[str]:
         """Return the names of agents that no task runs; Faust itself does not look."""
         agents = self._app.agents.values()

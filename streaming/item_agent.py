@@ -96,6 +96,8 @@ class ItemAgent:
         for changes in (self._to_commit, self._to_feed, self._gone_to_commit, self._gone_to_feed):
             changes.clear()
         self._since_commit = 0
+        # Whoever died between the commit and the feed of catalogue entries left serving behind: it finds the hole.
+        await self._store.publish(Delta("catalogue", self.catalogue_next, self.catalogue_next, (), ()))
 
     async def run_examples(self, batches: AsyncIterator[Batch]) -> None:
         """Fold records of `examples` as they come."""
@@ -129,6 +131,9 @@ class ItemAgent:
         await self._dead.send(dead)
         self._note(folded)
         self._progress.ages_ms.append(time.time() * 1000 - record_ms)
+        self._progress.held = {
+            "rows_to_commit": len(self._to_commit), "rows_to_feed": len(self._to_feed), "rows": self.items.rows.known,
+        }  # fmt: skip
 
     def _note(self, folded: Folded) -> None:
         """Remember what the next commit and the next delta have to tell."""

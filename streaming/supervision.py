@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
+from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, resident_mb
 from streaming.kafka.ground import Ground, GroundError
 from streaming.state import Keys, StoreUnavailable, append_metrics
 from streaming.topics import LogError
@@ -71,6 +71,8 @@ class Progress:
         self.events = self.duplicates = self.dead = self.overflow = self.poisoned = 0
         self.erased = 0
         self.ages_ms: list[float] = []
+        self.held: dict[str, int] = {}
+        """What buffers of this process hold, and what it keeps in memory: written by the agents, told with the rest."""
         self.skews_s: list[float] = []
         """By how much the record's time is ahead of what its producer's clock said, s."""
 
@@ -122,7 +124,8 @@ class Progress:
             "applied_p50_ms": round(float(ages[len(ages) // 2]), 2),
             "applied_p99_ms": round(float(ages[int(len(ages) * 0.99)]), 2), "erased": self.erased,
             "skew_p50_s": round(float(skews[len(skews) // 2]), 3),
-            "skew_p99_s": round(float(skews[int(len(skews) * 0.99)]), 3),
+            "skew_p99_s": round(float(skews[int(len(skews) * 0.99)]), 3), "rss_mb": resident_mb(),
+            **self.held,
         }  # fmt: skip
         self.events = self.duplicates = self.dead = self.overflow = self.poisoned = 0
         self.erased, self.ages_ms, self.skews_s = 0, [], []
@@ -212,7 +215,7 @@ async def report(name: str, slot: int, member: Member, progress: Progress, clien
     """Append this process's figures to its learning curve each second."""
     while True:
         await asyncio.sleep(1.0)
-        figures = {**progress.take(), "lag": progress.lag(member.ends()), "slot": slot}
+        figures = {**progress.take(), "lag": progress.lag(member.ends()), "slot": slot, "queued": member.queued()}
         try:
             await append_metrics(client, keys.metrics(name), figures)
         except StoreUnavailable as error:

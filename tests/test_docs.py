@@ -51,7 +51,7 @@ def test_every_setting_with_its_default_and_help(row: dict[str, object]) -> None
     if isinstance(default, bool):
         assert f"`{str(default).lower()}`" in line
     elif isinstance(default, int | float):
-        assert f"`{default:g}`" in line
+        assert f"`{default if isinstance(default, int) else format(default, 'g')}`" in line
     elif isinstance(default, str) and default:
         assert f"`{default}`" in line
 

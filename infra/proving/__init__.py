@@ -4,5 +4,11 @@ Files:
 
     bench  what `freshet bench` measures, beside a floor of the same run
     load   its load, from a process of its own
+    overload  `freshet bench overload`: three times too many events beside lookups
+    soak   `freshet bench soak`: is memory flat while users and items come and go?
+    chaos  `freshet chaos`: break everything at random times, compare counts and bytes afterwards
+    faults  what it inflicts, and how each is undone
+    publisher  the known stream, and clients that publish it
     proxy  a TCP proxy that cuts, stalls and half-closes the connections it carries
+    verbs  what `chaos` asks and shows in a terminal
 """
