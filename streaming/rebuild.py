@@ -205,6 +205,7 @@ async def verify(settings: Settings, *, advance: Advance, weights: bool = True, 
         keys, began = await live_keys(client, settings.namespace), time.monotonic()
         ground, begin = await epoch(settings.kafka, topics), await cuts.begins(settings)
         cut = await stored_cut(settings, keys)
+        _refuse_ahead(cut, await cuts.ends(settings))
         base = base_for(settings, ground, begin, cut, eager=False)
         report = Report(keys.generation, base=base.name if base else "")
         async with folding(settings, sum(cut.events.values()), advance, rederive=rederive) as halves:
@@ -232,25 +233,42 @@ async def verify(settings: Settings, *, advance: Advance, weights: bool = True, 
 
 
 async def stored_cut(settings: Settings, keys: Keys) -> Cut:
-    """Return how far a generation is folded, and where `steps` ends."""
+    """Return how far a generation is folded."""
     client = connect(settings.redis)
     try:
         reads = await RedisUserStore(client, keys).read({p: [] for p in range(settings.partitions)})
         head = await ItemStore(client, keys).head()
     finally:
         await client.aclose()
-    events, steps = {p: read.applied for p, read in reads.items()}, (await cuts.ends(settings)).steps
-    return Cut(events, int(head.get("next", 0)), int(head.get("catalogue", 0)), steps)
+    events = {p: read.applied for p, read in reads.items()}
+    return Cut(events, int(head.get("next", 0)), int(head.get("catalogue", 0)))
+
+
+def _refuse_ahead(stored: Cut, end: Cut) -> None:
+    """Raise RecoveryError where state is folded further than the logs go: there is nothing to compare it with."""
+    ahead = [
+        f"events[{p}] ends at {end.events[p]}, folded to {at}" for p, at in stored.events.items() if at > end.events[p]
+    ]
+    if stored.examples > end.examples:
+        ahead.append(f"examples ends at {end.examples}, folded to {stored.examples}")
+    if stored.items > end.items:
+        ahead.append(f"items ends at {end.items}, folded to {stored.items}")
+    if ahead:
+        raise RecoveryError(
+            f"the served state is ahead of the log ({'; '.join(ahead)}): the log lost its end, or this is another one."
+            " Bring that log back; or `freshet rebuild --switch` folds what is left of it"
+        )
 
 
 async def _compare_weights(
     settings: Settings, store: ModelStore, model: MemoryModel, base: Manifest | None, logs: tuple[Cut, Cut],
     advance: Advance, report: Report,
 ) -> list[str]:  # fmt: skip
-    begin, cut = logs
+    begin, _ = logs
     head, rows = await store.load()
     stored = MemoryModel(head, dict(rows))
-    steps = await lineage.read_steps(settings, max(base.steps if base else 0, begin.steps), cut.steps)
+    end = (await cuts.ends(settings)).steps  # after the load: a learner that still catches up goes on meanwhile
+    steps = await lineage.read_steps(settings, max(base.steps if base else 0, begin.steps), end)
     line = lineage.chain([*steps, *lineage.last_step(head)], stored.identity, model.identity)
     if line is None:
         return [f"weights: step {stored.step} does not go back to {f'step {model.step}' if base else 'the beginning'}"

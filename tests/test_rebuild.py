@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ from tests.by_log import ByLog, clicks
 from tests.test_exactly_once import drained
 
 Made = Callable[..., Awaitable[object]]
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Two partitions: topics are made sooner."""
+    return replace(settings, partitions=2)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -70,7 +77,7 @@ def test_times_are_iso_or_seconds() -> None:
 
 async def test_generations_stand_beside_each_other(settings: Settings, topics: Made) -> None:
     """Built while events wait, switched, gone on with, switched back: each generation is what the log folds to."""
-    await topics()
+    await topics(settings.partitions)
     async with ByLog(settings) as one:
         client, names = one.client, (settings.namespace, settings.partitions)
         await one.run(clicks(300, seed=1), steps=3)
@@ -106,7 +113,7 @@ async def test_generations_stand_beside_each_other(settings: Settings, topics: M
 
 
 async def test_what_was_not_built_to_its_end_is_not_served(settings: Settings, topics: Made) -> None:
-    await topics()
+    await topics(settings.partitions)
 
     def stop(what: str, done: int, total: int) -> None:
         raise InterruptedError
@@ -122,7 +129,7 @@ async def test_what_was_not_built_to_its_end_is_not_served(settings: Settings, t
 
 
 async def test_until_is_the_state_of_that_time(settings: Settings, topics: Made) -> None:
-    await topics()
+    await topics(settings.partitions)
     async with ByLog(settings) as live:
         await live.run(clicks(150, seed=1), steps=2)
         then = await live.everything()
@@ -137,13 +144,13 @@ async def test_until_is_the_state_of_that_time(settings: Settings, topics: Made)
 
 
 async def test_what_differs_is_named(settings: Settings, topics: Made) -> None:
-    await topics()
+    await topics(settings.partitions)
     async with ByLog(settings) as live:
         await live.run(clicks(150, seed=1), steps=2)
         assert (await verify(settings, advance=silent, rederive=True)).differing == []
         (key, row), *_ = [found async for found in live.weights.scan(live.keys.model_rows)]
         await live.client.hset(
-            live.keys.model_rows(key & 255), key.to_bytes(8, "little"), row[:20] + bytes([row[20] ^ 64]) + row[21:]
+            live.keys.model_rows(key & 255), key.to_bytes(8, "little"), row[:19] + bytes([row[19] ^ 64]) + row[20:]
         )
         (named,) = (await verify(settings, advance=silent)).differing
         assert named.startswith(f"learnt row {key:016x}: differs by up to")
@@ -189,7 +196,7 @@ def test_the_first_entry_that_differs_is_named() -> None:
 
 
 async def test_a_half_works_in_a_process_of_its_own(settings: Settings, topics: Made) -> None:
-    await topics()
+    await topics(settings.partitions)
     told: list[tuple[str, int, int]] = []
     async with ByLog(settings) as live:
         await live.run(clicks(60))

@@ -53,7 +53,7 @@ def _places(settings: Settings) -> list[TopicPartition]:
 def _cut(settings: Settings, found: Mapping[Any, int]) -> Cut:
     topics = topics_of(settings)
     return Cut(
-        {tp.partition: offset for tp, offset in found.items() if tp.topic == topics.events},
+        {p: found[TopicPartition(topics.events, p)] for p in range(topics.partitions)},
         *(found[TopicPartition(name, 0)] for name in (topics.examples, topics.items, topics.steps)),
     )
 

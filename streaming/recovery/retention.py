@@ -89,6 +89,7 @@ async def refuse_behind_the_log(settings: Settings, number: int) -> None:
         short.append(f"examples from {needs.examples}")
     if short:
         raise RecoveryError(
-            f"generation {number} needs {', '.join(short)}, which retention has removed: it cannot go on. Drop it;"
-            " `freshet rebuild --switch` or `freshet snapshot restore --switch` make one that can"
+            f"generation {number} needs {', '.join(short)}, which retention has removed: it cannot go on. Drop it:"
+            f" `freshet generation drop {number}`."
+            " `freshet rebuild --switch` makes one that can"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from infra.settings import Settings
+from streaming.dead_letters import set_aside
 from streaming.learn import GapError, Outcome, Part, UserFold, decode_part, rounds, users_of
 from streaming.recovery.compare import difference, digests, same
 from streaming.recovery.cuts import read_span, topics_of
@@ -61,10 +62,12 @@ class UserHalf:
         """Fold `events` up to `ends` and return the next offsets; `total` records are shown as the goal."""
         at = self.at()
         spans = {p: (at[p], end) for p, end in ends.items()}
+        aside = await set_aside(self.settings)
         async for partition, records in read_span(self.settings.kafka, self.topics.events, spans):
             for first in range(0, len(records), BATCH):
                 chosen = [(r.offset, r.timestamp, r.value or b"") for r in records[first : first + BATCH]]
-                for (part,) in rounds([decode_part(self.topics.events, partition, chosen)]):
+                decoded = decode_part(self.topics.events, partition, chosen).without(aside.get(partition, set()))
+                for (part,) in rounds([decoded]):
                     self._apply(part)
                 self.folded += len(chosen)
                 advance("events", self.folded, max(total, self.folded))
