@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from streaming.events import Action, Click, Dwell, Interaction, Rating, View
+from streaming.events import Action, Click, Dwell, Interaction, Rating, View, decode, encode
 
 FORMATS: Final = ("movielens", "movietweetings", "online-retail", "csv")
 EXCLUSIONS: Final = {"movielens": "seen", "movietweetings": "seen", "online-retail": "invoice", "csv": "none"}
@@ -135,6 +135,7 @@ def _add(log: ReplayLog, where: str, make: Callable[[], Interaction], basket: st
         event = make()
         if not event.user_id or not event.item_id:
             raise ValueError("expected a user and an item, got an empty one")
+        decode(encode(event))  # the limits of the door: what the log would refuse is no row to replay
     except ValueError as error:
         log.reject(where, str(error))
         return

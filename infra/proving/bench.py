@@ -87,27 +87,28 @@ def run_bench(
 
     Raises BenchError, StackError and what explains itself of Kafka and Redis.
     """
-    report: dict[str, Any] = {"machine": {"cores": os.cpu_count(), "load_before": _load()}}
+    report: dict[str, Any] = {"machine": {"cores": os.cpu_count(), "load_before": load_now()}}
     if "ingest" in what:
         report["ingest"] = _ingest(backlog, advance)
     if {"lookup", "freshness"} & set(what):
-        with _stack() as stack:
-            asyncio.run(_warm_up(stack, advance))
-            _load_process(stack, ["lookup", *_rates(3.0, RATE)], 4.5, "warming up", advance)
+        with private_stack() as stack:
+            asyncio.run(warm_up(stack, advance))
+            load_process(stack, ["lookup", *_rates(3.0, RATE)], 4.5, "warming up", advance)
             if "lookup" in what:
                 report["lookup"] = _lookup(stack, seconds, advance)
             if "freshness" in what:
                 report["freshness"] = _freshness(stack, max(10.0, seconds * 2 / 3), advance)
-    report["machine"]["load_after"] = _load()
+    report["machine"]["load_after"] = load_now()
     return report
 
 
-def _load() -> float:
+def load_now() -> float:
+    """Return the machine's load of the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
 @contextlib.contextmanager
-def _stack(*processes: str) -> Iterator[Stack]:
+def private_stack(*processes: str) -> Iterator[Stack]:
     """Yield a private stack that is ready, of all processes or of some, in a folder that is deleted."""
     with tempfile.TemporaryDirectory(prefix="freshet-bench-", ignore_cleanup_errors=True) as folder:
         settings = Settings.load(
@@ -133,10 +134,10 @@ def _must_be_ours(stack: Stack) -> None:
 
 def _ingest(backlog: int, advance: Advance) -> dict[str, Any]:
     """Drain a backlog with a user worker and an item agent that start on it, then with a bare consumer."""
-    with _stack("kafka", "redis") as servers:
+    with private_stack("kafka", "redis") as servers:
         _drain(servers, "warming up", 2000, advance)  # compiles kernels where no cache holds them
         found = _drain(servers, "ingest", backlog, advance)
-        floor = _load_process(
+        floor = load_process(
             servers, ["consume", "--kafka", servers.kafka, "--topic", found.pop("topic")], 5.0, "bare consumer", advance
         )
         found["floor"] = {"events_per_s": floor["events_per_s"], "profiles_per_s": floor["events_per_s"]}
@@ -251,7 +252,7 @@ def cpu_seconds(*stacks: Stack) -> dict[str, float]:
 # -- lookup and freshness ---------------------------------------------------------------------------------------------
 
 
-async def _warm_up(stack: Stack, advance: Advance) -> None:
+async def warm_up(stack: Stack, advance: Advance) -> None:
     """Let the stack learn clicks on every item by every user, up to the learner."""
     settings = stack.settings
     await preload(settings, WARM_EVENTS, lambda done: advance("warming up", done, WARM_EVENTS))
@@ -287,14 +288,14 @@ def _freshness(stack: Stack, seconds: float, advance: Advance) -> dict[str, Any]
 def _measured(stack: Stack, words: list[str], seconds: float, name: str, advance: Advance) -> dict[str, Any]:
     """Run the load and add the share of a core that each process used meanwhile."""
     before, began = cpu_seconds(stack), time.perf_counter()
-    found = _load_process(stack, words, seconds, name, advance)
+    found = load_process(stack, words, seconds, name, advance)
     after, took = cpu_seconds(stack), time.perf_counter() - began
     shares = {name: round((after[name] - before.get(name, 0.0)) / took, 3) for name in after}
     found["cpu_share"] = {**shares, "generator": found.pop("generator_cpu_share")}
     return found
 
 
-def _load_process(stack: Stack, words: list[str], seconds: float, name: str, advance: Advance) -> dict[str, Any]:
+def load_process(stack: Stack, words: list[str], seconds: float, name: str, advance: Advance) -> dict[str, Any]:
     """Run the load generator against a stack and return what it found; raises BenchError with its last words."""
     path = stack.data / "logs" / f"load-{uuid.uuid4().hex[:8]}.log"
     sizes = ["--users", str(USERS), "--items", str(ITEMS), "--partitions", str(stack.settings.partitions)]

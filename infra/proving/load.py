@@ -2,6 +2,7 @@
 
     python -m infra.proving.load lookup    --api URL --seconds 60 --rate 200 --events 200
     python -m infra.proving.load freshness --api URL --kafka HOST:PORT --topic NAME --seconds 40
+    python -m infra.proving.load overload  --api URL --seconds 60 --rate 50 --events 75000
     python -m infra.proving.load consume   --kafka HOST:PORT --topic NAME --partitions 8
 
 Open loop: arrivals follow a Poisson schedule drawn beforehand, whatever the answers do, and every latency counts from
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -30,6 +32,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from numpy.typing import NDArray
 
+from streaming.kafka.address import client_options
+
 F64 = NDArray[np.float64]
 
 WINDOW_S: Final = 10.0
@@ -39,6 +43,11 @@ CONNECTIONS: Final = 256
 FRESH_SAMPLES_PER_S: Final = 10.0
 DELETES_PER_S: Final = 0.5
 GONE_WITHIN_S: Final = 5.0
+FLOOD_LIST: Final = 500
+"""Events of one request of the flood."""
+FLOOD_BODIES: Final = 40
+AROUND_S: Final = 20.0
+"""Length of the load before and after the flood, s."""
 _JSON: Final = {"Content-Type": "application/json"}
 
 
@@ -287,6 +296,79 @@ def fresh_figures(applied_ms: Sequence[float], deleted_ms: Sequence[float]) -> d
     }  # fmt: skip
 
 
+# -- too much ---------------------------------------------------------------------------------------------------------
+
+
+class Flood:
+    """Lists of clicks to one API, faster than it can take them; a list that is refused is given up, not sent again.
+
+    Bodies are made beforehand and get fresh ids and times by replacing text of the same length.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, *, users: int, items: int, seed: int) -> None:
+        self.session, self.sent, self.accepted = session, 0, 0
+        self.statuses: Counter[str] = Counter()
+        self.retry_after: Counter[str] = Counter()
+        rng = np.random.default_rng(seed)
+        shares = np.cumsum(1.0 / np.arange(1, items + 1))
+        self._bodies = []
+        for _ in range(FLOOD_BODIES):
+            rows = np.minimum(np.searchsorted(shares / shares[-1], rng.random(FLOOD_LIST)), items - 1).tolist()
+            whose = rng.integers(users, size=FLOOD_LIST).tolist()
+            clicks = [
+                {"type": "click", "user_id": f"user-{user}", "item_id": f"item-{item}", "ts": 1111111111.125,
+                 "surface": "home", "event_id": f"@@@@@@@@@@@@{k:04d}"}
+                for k, (user, item) in enumerate(zip(whose, rows, strict=True))
+            ]  # fmt: skip
+            self._bodies.append(json.dumps(clicks).encode())
+
+    async def post(self, due: float) -> str:
+        """POST one list."""
+        body = self._bodies[self.sent % FLOOD_BODIES]
+        self.sent += 1
+        body = body.replace(b"@@@@@@@@@@@@", b"%012d" % self.sent).replace(b"1111111111.125", b"%.3f" % time.time())
+        try:
+            async with self.session.post("/v1/events", data=body, headers=_JSON) as response:
+                answer = await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self.statuses[type(error).__name__] += 1
+            raise
+        self.statuses[str(response.status)] += 1
+        if response.status == 202:
+            self.accepted += int(json.loads(answer)["accepted"])
+        elif response.status == 429:
+            self.retry_after[response.headers.get("Retry-After", "none")] += 1
+        return "" if response.status in (202, 429) else f"POST answered {response.status}"
+
+
+async def overload(options: argparse.Namespace) -> dict[str, Any]:
+    """Lookups at one rate before, during and after a flood of events, from one core: this process is pinned to it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    rng, around = np.random.default_rng(options.seed), min(options.seconds, AROUND_S)
+    found: dict[str, Any] = {}
+    async with _session(options.api) as session, _session(options.api) as flooding:
+        visitors = Visitors(session, users=options.users, items=options.items, seed=options.seed)
+        flood = Flood(flooding, users=options.users, items=options.items, seed=options.seed)
+        for part, seconds in (("before", around), ("during", options.seconds), ("after", around)):
+            schedules = {"lookup": arrivals(options.rate, seconds, rng)}
+            if part == "during":
+                schedules["flood"] = arrivals(options.events / FLOOD_LIST, seconds, rng)
+            print(json.dumps({"part": part, "at": time.time()}), flush=True)
+            records = await open_loop(schedules, {"lookup": visitors.lookup, "flood": flood.post})
+            found[part] = records["lookup"].figures(seconds)
+            if part == "during":
+                found["posts"] = records["flood"].figures(seconds)
+    offered = flood.sent * FLOOD_LIST
+    return {
+        **found, "offered": offered, "accepted": flood.accepted, "shed": flood.statuses["429"] * FLOOD_LIST,
+        "failed": offered - flood.accepted - flood.statuses["429"] * FLOOD_LIST,
+        "offered_per_s": round(offered / options.seconds), "accepted_per_s": round(flood.accepted / options.seconds),
+        "statuses": dict(flood.statuses), "retry_after_s": dict(sorted(flood.retry_after.items())),
+        "list": FLOOD_LIST,
+    }  # fmt: skip
+
+
 # -- Kafka alone ------------------------------------------------------------------------------------------------------
 
 
@@ -299,12 +381,12 @@ class Echo:
         self._sent: dict[bytes, float] = {}
 
     async def __aenter__(self) -> Echo:
-        admin = AIOKafkaAdminClient(bootstrap_servers=self._kafka)
+        admin = AIOKafkaAdminClient(**client_options(self._kafka))
         await admin.start()
         await admin.create_topics([NewTopic(self._topic, 1, 1)])
         await admin.close()
-        self._producer = AIOKafkaProducer(bootstrap_servers=self._kafka, acks="all", enable_idempotence=True)
-        self._consumer = AIOKafkaConsumer(bootstrap_servers=self._kafka, auto_offset_reset="earliest")
+        self._producer = AIOKafkaProducer(**client_options(self._kafka), acks="all", enable_idempotence=True)
+        self._consumer = AIOKafkaConsumer(**client_options(self._kafka), auto_offset_reset="earliest")
         await self._producer.start()
         await self._consumer.start()
         self._consumer.assign([TopicPartition(self._topic, 0)])
@@ -334,7 +416,7 @@ class Echo:
 async def consume(options: argparse.Namespace) -> dict[str, Any]:
     """Read a whole topic and do nothing with it; the clock starts at the first batch, which does not count."""
     places = [TopicPartition(options.topic, p) for p in range(options.partitions)]
-    consumer = AIOKafkaConsumer(bootstrap_servers=options.kafka, auto_offset_reset="earliest")
+    consumer = AIOKafkaConsumer(**client_options(options.kafka), auto_offset_reset="earliest")
     await consumer.start()
     try:
         ends = await consumer.end_offsets(places)
@@ -359,7 +441,7 @@ async def consume(options: argparse.Namespace) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """Return the options of this process."""
     made = argparse.ArgumentParser("python -m infra.proving.load", description="Load generator of `freshet bench`.")
-    made.add_argument("what", choices=("lookup", "freshness", "consume"))
+    made.add_argument("what", choices=("lookup", "freshness", "overload", "consume"))
     for name in ("api", "kafka", "topic"):
         made.add_argument(f"--{name}", default="")
     for name, number in (("seconds", 60.0), ("rate", 200.0), ("events", 200.0)):
@@ -372,7 +454,8 @@ def parser() -> argparse.ArgumentParser:
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do what was asked; the answer says what this process itself cost."""
     began, cpu = time.perf_counter(), time.process_time()
-    found = await {"lookup": lookup, "freshness": freshness, "consume": consume}[options.what](options)
+    kinds = {"lookup": lookup, "freshness": freshness, "overload": overload, "consume": consume}
+    found = await kinds[options.what](options)
     found["generator_cpu_s"] = round(time.process_time() - cpu, 2)
     found["generator_cpu_share"] = round((time.process_time() - cpu) / (time.perf_counter() - began), 3)
     return found
