@@ -68,7 +68,7 @@ def _v1(parts: Parts) -> list[Door]:
         door("GET", user, lookup.recommendations, "A slate for a user", "recommendations", query=LookupQuery,
              answer=LookupAnswer, problems=(422,), notes=_LOOKUP),
         door("POST", user, lookup.recommendations, "A slate for a user, asked with a JSON body", "recommendations",
-             body=LookupQuery, answer=LookupAnswer, problems=(408, 413, 422), notes=_LOOKUP),
+             body=LookupQuery, body_needed=False, answer=LookupAnswer, problems=(408, 413, 422), notes=_LOOKUP),
         door("GET", "/v1/similar/{item_id:path}", lookup.similar_items, "Items like this one", "recommendations",
              query=SimilarQuery, answer=ItemsAnswer, problems=(404, 422)),
         door("GET", "/v1/popular", lookup.popular_items, "What is popular now", "recommendations", query=PopularQuery,
@@ -94,7 +94,8 @@ def _own(parts: Parts) -> list[Door]:
 
     return [
         door("/health/live", introspect.live, "This process answers"),
-        door("/health/ready", introspect.ready, "Loaded, Kafka and Redis reachable; 503 with reasons otherwise"),
+        door("/health/ready", introspect.ready, "Loaded, Kafka and Redis reachable; 503 with reasons otherwise",
+             problems=(503,), problem=dict[str, Any]),
         door("/metrics", introspect.metrics, "Prometheus series", answer=None, media="text/plain"),
         door("/-/settings", introspect.settings, "Every setting, secrets masked", answer=list[dict[str, Any]]),
         door("/-/topics", introspect.topics, "Topics, partitions, end offsets", problems=(503,)),

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from infra.settings import Settings
 from infra.telemetry import EXIT_FOR_GOOD, IMPRESSIONS, SNAPSHOT_RELOADS, Telemetry, configure_logging, mark_ready
@@ -211,10 +212,12 @@ async def _tell_ready(parts: Parts) -> None:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     """Answer for the framework, in the one error shape: no such path, or not by this method."""
-    status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None)
-    where, expected = ("method", "one that this path has") if status == 405 else ("path", "a path of /openapi.json")
-    got = request.method if status == 405 else repr(request.url.path[:80])
-    return problem_response(Problem(status, where, expected, got, headers=headers))
+    status = getattr(error, "status_code", 404)
+    if status != 405:
+        return problem_response(Problem(status, "path", "a path of /openapi.json", repr(request.url.path[:80])))
+    matching = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    allowed = ", ".join(sorted({method for route in matching for method in getattr(route, "methods", None) or ()}))
+    return problem_response(Problem(405, "method", f"one of {allowed}", request.method, headers={"Allow": allowed}))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

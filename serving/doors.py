@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -23,6 +24,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _STATUS: Final = {
+    400: "No HTTP, or a URL that is too long.",
     401: "No key, or nobody's.",
     403: "Not for this Host, Origin or key.",
     404: "Not known here.",
@@ -33,7 +35,16 @@ _STATUS: Final = {
     500: "A mistake of this server, which its log tells.",
     503: "A part is not reachable; the answer says which.",
 }
-_ANYWHERE: Final = (401, 403, 429, 500)
+_ANYWHERE: Final = (400, 401, 403, 429, 500)
+
+
+class _AnyText(PathConvertor):
+    """A path parameter to the end of the path; the framework's own stops at a line break, which an id may hold."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("path", _AnyText())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,8 @@ class Door:
     problems: tuple[int, ...] = ()
     media: str = "application/json"
     notes: str = ""
+    body_needed: bool = True
+    problem: Any = ErrorAnswer
 
     def types(self) -> list[Any]:
         """Return every type that its OpenAPI entry refers to."""
@@ -69,12 +82,13 @@ class Door:
         entry: dict[str, Any] = {"parameters": parameters}
         if body is not None:
             content = {"application/json": {"schema": schema_of(body)[0][0]}}
-            entry["requestBody"] = {"required": True, "content": content}
+            entry["requestBody"] = {"required": self.body_needed, "content": content}
         answer = {} if self.answer is None else {"schema": schema_of(self.answer)[0][0]}
         entry["responses"] = {str(self.status): {"description": self.summary, "content": {self.media: answer}}}
-        problem = {"application/json": {"schema": schema_of(ErrorAnswer)[0][0]}}
+        problem = {"application/json": {"schema": schema_of(self.problem)[0][0]}}
         for status in sorted({*self.problems, *_ANYWHERE}):
-            entry["responses"][str(status)] = {"description": _STATUS[status], "content": problem}
+            content = {"text/plain": {}} if status == 400 else problem  # a 400 is the HTTP parser's own
+            entry["responses"][str(status)] = {"description": _STATUS[status], "content": content}
         return entry
 
 

@@ -248,5 +248,6 @@ def query_parameters(kind: type) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"name": name, "in": "query", "required": name in found.get("required", [])}
         if schema.get("type") == "array":
             entry |= {"style": "form", "explode": False}
+            schema["items"] = {k: v for k, v in schema["items"].items() if k != "minLength"}  # nothing between commas
         parameters.append(entry | {"description": text, "schema": schema})
     return parameters
