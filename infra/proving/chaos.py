@@ -44,7 +44,7 @@ from streaming.state import (
     live_keys,
     read_user,
 )
-from streaming.topics import LogError, Topics, end_offsets, partition_of, topic_end
+from streaming.topics import INLETS, LogError, Topics, end_offsets, partition_of, topic_end
 
 GAP_S: Final = 7.0
 """Mean time from one fault to the next, s."""
@@ -358,7 +358,9 @@ class _Chaos:
     async def _behind(self) -> list[str]:
         assert self.stack.store is not None
         topics, client = self.topics, connect(self.stack.store.url, timeout=2.0)
+        inlets = {name: topics.inlet(name) for name in INLETS}
         wanted = {topics.events: topics.partitions, topics.examples: 1, topics.items: 1}
+        wanted |= dict.fromkeys(inlets.values(), topics.partitions)
         try:
             ends = await end_offsets(self.stack.kafka, wanted)
             keys = Keys(self.stack.settings.namespace)
@@ -367,6 +369,8 @@ class _Chaos:
         finally:
             await client.aclose()
         places = [(f"events[{p}]", reads[p].applied, end) for p, end in enumerate(ends[topics.events])]
+        for name, topic in inlets.items():  # its records are keyed by user, so they go to the partition they lie in
+            places += [(f"{name}[{p}]", reads[p].marks.get(f"{name}:{p}", 0), end) for p, end in enumerate(ends[topic])]
         places += [
             ("item rows", int(items.get("next", 0)), ends[topics.examples][0]),
             ("catalogue", int(items.get("catalogue", 0)), ends[topics.items][0]),
