@@ -28,7 +28,7 @@ from models.transitions import WINDOW, K, follow
 
 VERSION: Final = 1
 _FIXED: Final = 19
-ROOM: Final = 32
+ROOM: Final = 256
 """Where items are too many, one in so many of the cap leaves beside those above it: not every sweep finds some."""
 NEVER_FIRST: Final = np.inf
 NEVER_LAST: Final = -np.inf
