@@ -35,22 +35,29 @@ def show_letters(found: list[Letter], screen: Console) -> None:
         return
     from rich.table import Table
 
-    table = Table("position", "reason", "original", box=None, header_style="bold", pad_edge=False)
+    table = Table("position", "reason", "original", "replayed", box=None, header_style="bold", pad_edge=False)
     for letter in found[-200:]:
-        table.add_row(letter.name, letter.reason, letter.text()[:80])
+        reason, *_ = letter.reason.splitlines()
+        table.add_row(letter.name, reason, letter.text()[:80], "yes" if letter.replays else "")
     screen.print(table)
-    screen.print(f"{len(found)} in all. [bold]freshet dead-letters show POSITION[/] shows one whole.")
+    screen.print(
+        f"{len(found)} in all. [bold]freshet dead-letters show POSITION[/] shows one whole,"
+        " [bold]replay[/] applies them once what was wrong is mended.",
+    )
 
 
 def letter_as_dict(letter: Letter) -> dict[str, Any]:
     """Return a dead letter for `--json`."""
-    return {"position": letter.name, "reason": letter.reason, "at": letter.at, "original": letter.text()}
+    return {
+        "position": letter.name, "reason": letter.reason, "at": letter.at, "original": letter.text(),
+        "replayed": bool(letter.replays),
+    }  # fmt: skip
 
 
 # -- the verbs --------------------------------------------------------------------------------------------------------
 
 
-dead_letters = typer.Typer(help="Read what could not be folded, with its reason.", no_args_is_help=True)
+dead_letters = typer.Typer(help="Read and replay what could not be folded, with its reason.", no_args_is_help=True)
 
 
 @dead_letters.command("list")
@@ -81,6 +88,31 @@ def dead_letters_show(
                 console().print(*(f"[bold]{name}[/] {value}" for name, value in shown.items()), sep="\n")
             return
     fail(f"no dead letter at {position}; `freshet dead-letters list` shows all.")
+
+
+@dead_letters.command("replay")
+def dead_letters_replay(
+    reason: Annotated[str, typer.Option(help="Only letters whose reason holds this text.")] = "",
+    position: Annotated[str, typer.Option(help="Only the letter of this topic:partition:offset.")] = "",
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Append the originals of dead letters to the log again: after a fix, each is applied once, however often called.
+
+    freshet dead-letters replay --reason "stored profile"     only those
+    """
+    from streaming.dead_letters import replay
+
+    chosen = Settings.load(data)
+    with servers(chosen, chosen.data) as ready:
+        outcome = asyncio.run(replay(ready, reason=reason, position=position))
+    if as_json:
+        show_json({"appended": outcome.appended, "before": outcome.before, "bad": outcome.bad})
+        return
+    screen = console()
+    screen.print(f"{len(outcome.appended)} appended to the log, {len(outcome.before)} were replayed before.")
+    for name, why in outcome.bad.items():
+        screen.print(f"  {name} still cannot be read: {why}", highlight=False)
 
 
 def add(app: typer.Typer) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from infra.settings import Settings
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
+from models.examples import CodecError
+from models.profile import FutureCodecError
 from streaming import consumer
 from streaming.consumer import TP, Batch, Bounds
 from streaming.dead_letters import DeadLetters
@@ -21,13 +23,35 @@ from streaming.events import Event, EventError, encode, parse_inlet, subject
 from streaming.kafka.ground import Ground
 from streaming.learn import Dead, GapError, Outcome, Part, UserFold, decode_part, rounds, users_of
 from streaming.state import RedisUserStore, persist
-from streaming.supervision import Progress, leave, stand
+from streaming.supervision import TRIES, Progress, last_lines, leave, stand
 from streaming.topics import INLETS, Log, Record, Topics, partition_of
 
 log = logging.getLogger(__name__)
 
 MICRO_BATCH: Final = 1000
 REFUSALS: Final = 5
+
+
+class FoldError(RuntimeError):
+    """The fold of a micro-batch raised `cause`; nothing was written."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(repr(cause))
+        self.cause = cause
+
+
+def poison_reason(user: str, error: Exception) -> str:
+    """Return why an event cannot be folded, with the next step."""
+    if isinstance(error, CodecError):
+        return (
+            f"the stored profile of user {user!r} cannot be read ({error}). Next: `freshet rebuild --switch` makes it"
+            " again from the log, then `freshet dead-letters replay` brings this event back"
+        )
+    return (
+        f"its fold raised {type(error).__name__} {TRIES} times, on profile and event of user {user!r}. Next: report the"
+        " traceback; with a build that has the fix, `freshet dead-letters replay` brings this event back.\n"
+        + last_lines(error)
+    )
 
 
 class UserAgent:
@@ -64,7 +88,50 @@ class UserAgent:
         await self._dead.send([dead for part in parts for dead in part.dead])
         self._progress.dead += sum(len(part.dead) for part in parts)
         for piece in rounds(parts):
-            await self._commit(piece)
+            await self._settle(piece)
+
+    async def _settle(self, parts: list[Part]) -> None:
+        """Commit parts; where their fold raises three times, all of them but the events that make it raise."""
+        error = await self._tried(parts, TRIES)
+        if error is None:
+            return
+        if len(parts) > 1:
+            for part in parts:
+                await self._settle([part])
+        else:
+            await self._without_poison(parts[0])
+
+    async def _without_poison(self, part: Part) -> None:
+        """Commit halves of a part whose fold raises, down to the events that cannot be folded; those are set aside."""
+        single = len(part.events) == 1
+        error = await self._tried([part], TRIES if single else 1)
+        if error is None:
+            return
+        if not part.events:  # nothing to set aside: what is stored beside the profiles is damaged
+            leave(EXIT_AGAIN, f"events[{part.partition}]@{part.first}: {last_lines(error)}")
+        if not single:
+            for half in part.cut(part.offsets[len(part.offsets) // 2]):
+                await self._without_poison(half)
+            return
+        (user,), event, at = part.subjects(), part.events[0], part.offsets[0]
+        dead = Dead(self._topics.events, part.partition, at, poison_reason(user, error), encode(event))
+        log.error("events[%d]@%d is set aside: %s", part.partition, at, dead.reason)
+        await self._dead.send([dead])
+        self._progress.poisoned += 1
+        self._progress.dead += 1
+        await self._commit([Part(part.partition, part.first, part.next)])
+
+    async def _tried(self, parts: list[Part], times: int) -> Exception | None:
+        """Commit parts, up to so often; return what their fold raised the last time, None where all is committed."""
+        raised: Exception | None = None
+        for _ in range(times):
+            try:
+                await self._commit(parts)
+                return None
+            except FoldError as error:
+                raised = error.cause
+                log.warning("fold of %s raised: %r", [(p.partition, p.first, p.next) for p in parts], raised)
+        return raised
 
     async def _commit(self, parts: list[Part]) -> None:
         for _ in range(REFUSALS):
@@ -75,22 +142,29 @@ class UserAgent:
 
     async def _attempt(self, parts: list[Part]) -> list[Part]:
         """Read, fold, append, commit; return the parts whose commit was refused."""
-        outcome = self._folded(parts, await persist("read", lambda: self._store.read(users_of(parts))))
-        if outcome.records:
-            records: list[Record] = [(0, None, entries.to_bytes()) for entries in outcome.records]
+        outcome, records, derived = self._folded(
+            parts, await persist("read", lambda: self._store.read(users_of(parts)))
+        )
+        if derived:  # first: what `examples` covers is folded by a rebuild, which derives nothing again
+            await self._log.append(self._topics.events, derived)
+        if records:
             await self._log.append(self._topics.examples, records)
-        if outcome.derived:
-            await self._log.append(self._topics.events, [record_of(event, self._topics) for event in outcome.derived])
-        refused = await persist("commit", lambda: self._store.commit(outcome.writes, self._ground.epoch))
+        refused = await persist("commit", lambda: self._store.commit(outcome.writes, self._ground.stamp))
         self._count(parts, outcome, refused)
         for part, stored in zip(parts, refused, strict=True):
             if stored is not None:
                 log.warning("commit of events[%d] refused: stored %d", part.partition, stored)
         return [part for part, stored in zip(parts, refused, strict=True) if stored is not None]
 
-    def _folded(self, parts: list[Part], reads: dict[int, Any]) -> Outcome:
+    def _folded(self, parts: list[Part], reads: dict[int, Any]) -> tuple[Outcome, list[Record], list[Record]]:
+        """Fold; return what came of it with the records of `examples` and of the log. Raises FoldError."""
         try:
-            return self._fold.fold(parts, reads)
+            outcome = self._fold.fold(parts, reads)
+            records: list[Record] = [(0, None, entries.to_bytes()) for entries in outcome.records]
+            return outcome, records, [record_of(event, self._topics) for event in outcome.derived]
+        except FutureCodecError as error:
+            leave(EXIT_FOR_GOOD, str(error))
+            raise
         except GapError as error:
             if self._lacks(parts, reads):
                 leave(
@@ -99,6 +173,8 @@ class UserAgent:
                 )
             leave(EXIT_AGAIN, f"{error}. Starting again from what is committed")
             raise
+        except Exception as error:
+            raise FoldError(error) from error
 
     def _lacks(self, parts: list[Part], reads: dict[int, Any]) -> bool:
         """Whether the log itself has a gap: right after a seek, to an offset that Redis still holds."""

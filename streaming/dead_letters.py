@@ -1,6 +1,12 @@
 """Dead letters: what could not be folded, each once, with its reason and original bytes.
 
-A letter may lie in the topic more than once, for delivery is at least once; its source position is its name.
+A letter may lie in the topic more than once, for delivery is at least once; its source position is its name. The record
+that a letter names is never folded from where it lies, by no rebuild either: a replay brings it back as a new record.
+
+Replay applies each once, whatever is interrupted: first an *intent* of each letter goes into the topic, whose own
+offset is the number of the replay; the event is appended to the log with source ("dead-letters", 0, that number), which
+the fold takes once and in ascending order; then a *done* says up to which number all are appended. A later replay
+appends what is not done again, with the same numbers, before its own.
 """
 
 from __future__ import annotations
@@ -8,14 +14,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
 from infra.settings import Settings
+from streaming.events import Event, EventError, Merge, decode, encode, parse_inlet, subject
 from streaming.learn import Dead
-from streaming.topics import Log, Record, Topics, read_topic, topic_end
+from streaming.topics import INLETS, Log, Record, Topics, partition_of, read_topic, topic_end
 
 log = logging.getLogger(__name__)
+
+MOST_BYTES = 256 * 1024
+"""So much of an original is kept."""
+SOURCE = "dead-letters"
+MARK = b"replay"
+"""Key of what is no letter: intents and dones."""
 
 
 class DeadLetters:
@@ -29,7 +43,7 @@ class DeadLetters:
         records: list[Record] = [
             (0, f"{d.topic}:{d.partition}:{d.offset}".encode(), msgspec.msgpack.encode({
                 "topic": d.topic, "partition": d.partition, "offset": d.offset, "reason": d.reason,
-                "original": d.original[:256 * 1024], "at": time.time(),
+                "original": d.original[:MOST_BYTES], "at": time.time(),
             }))
             for d in dead
         ]  # fmt: skip
@@ -40,7 +54,7 @@ class DeadLetters:
 
 
 class Letter(msgspec.Struct):
-    """One dead letter as it lies in the topic; `at` in seconds since the epoch."""
+    """One dead letter as it lies in the topic; `at` in seconds since the epoch, `replays` its numbers of replay."""
 
     topic: str
     partition: int
@@ -48,6 +62,7 @@ class Letter(msgspec.Struct):
     reason: str
     original: bytes
     at: float
+    replays: list[int] = []
 
     @property
     def name(self) -> str:
@@ -64,14 +79,130 @@ class Letter(msgspec.Struct):
             except (msgspec.MsgspecError, ValueError, TypeError):
                 return self.original.hex(" ")
 
+    def event(self, topics: Topics) -> Event:
+        """Read the original again; raises EventError where it still is nothing to fold."""
+        inlet = topics.inlet_of(self.topic)
+        if len(self.original) >= MOST_BYTES:
+            raise EventError("$", f"an original below {MOST_BYTES} bytes, that was kept whole", f"{MOST_BYTES} of it")
+        if inlet in INLETS:
+            return parse_inlet(inlet, self.original, (inlet, self.partition, self.offset))
+        if self.topic != topics.events:
+            raise EventError("$", f"a record of {topics.events} or of an inlet", f"one of {self.topic}")
+        event = decode(self.original)
+        if isinstance(event, Merge):
+            raise EventError("$", "an event of a client", "what an alias moved: publish the alias again")
+        return event
+
+
+class Intent(msgspec.Struct, tag="intent"):
+    """The letter of this name is replayed; the record's own offset is the number."""
+
+    name: str
+
+
+class Done(msgspec.Struct, tag="done"):
+    """Every intent below offset `to` is appended to the log."""
+
+    to: int
+
+
+@dataclass(slots=True)
+class Box:
+    """What lies in the topic: letters by name, oldest first; intents by number; up to which number all are appended."""
+
+    letters: dict[str, Letter] = field(default_factory=dict)
+    intents: dict[int, str] = field(default_factory=dict)
+    done: int = 0
+
+
+async def read_box(settings: Settings) -> Box:
+    """Read the whole topic."""
+    topic, box = Topics(settings.namespace).dead_letters, Box()
+    letter, mark = msgspec.msgpack.Decoder(Letter), msgspec.msgpack.Decoder(Intent | Done)
+    async for _, records in read_topic(settings.kafka, topic, {0: await topic_end(settings.kafka, topic)}):
+        for record in records:
+            if record.key != MARK:
+                found = letter.decode(record.value)
+                box.letters.setdefault(found.name, found)
+                continue
+            said = mark.decode(record.value)
+            if isinstance(said, Done):
+                box.done = max(box.done, said.to)
+            else:
+                box.intents[record.offset] = said.name
+                box.letters[said.name].replays.append(record.offset)
+    return box
+
 
 async def letters(settings: Settings) -> list[Letter]:
     """Return every dead letter, oldest first, each source position once."""
-    topic = Topics(settings.namespace).dead_letters
-    decoder = msgspec.msgpack.Decoder(Letter)
-    found: dict[str, Letter] = {}
-    async for _, records in read_topic(settings.kafka, topic, {0: await topic_end(settings.kafka, topic)}):
-        for record in records:
-            letter = decoder.decode(record.value)
-            found.setdefault(letter.name, letter)
-    return list(found.values())
+    return list((await read_box(settings)).letters.values())
+
+
+async def set_aside(settings: Settings) -> dict[int, set[int]]:
+    """Return the offsets of `events` by partition that could be read and no fold takes from where they lie."""
+    topics, found = Topics(settings.namespace), dict[int, set[int]]()
+    for letter in await letters(settings):
+        if letter.topic == topics.events:
+            try:
+                decode(letter.original)
+            except EventError:  # cannot be read anyway, or the id of an item, whose event was folded
+                continue
+            found.setdefault(letter.partition, set()).add(letter.offset)
+    return found
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What a replay came to, letters by name; `bad` with why each still cannot be read."""
+
+    appended: list[str] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+async def replay(settings: Settings, *, reason: str = "", position: str = "") -> Replayed:
+    """Append the originals of letters to the log again: all, those whose reason holds a text, or the one of a position.
+
+    What was replayed before is left. An event that cannot be folded again becomes a new letter, of its new position.
+    """
+    topics, outcome = Topics(settings.namespace, settings.partitions), Replayed()
+    log_ = Log(settings.kafka)
+    await log_.start()
+    try:
+        intents: list[Record] = []
+        for letter in (await read_box(settings)).letters.values():
+            if reason not in letter.reason or (position and position != letter.name):
+                continue
+            if letter.replays:
+                outcome.before.append(letter.name)
+                continue
+            try:
+                letter.event(topics)
+            except EventError as error:
+                outcome.bad[letter.name] = str(error)
+                continue
+            intents.append((0, MARK, msgspec.msgpack.encode(Intent(letter.name))))
+            outcome.appended.append(letter.name)
+        if intents:
+            await log_.append(topics.dead_letters, intents)
+        await _finish(settings, topics, log_)
+    finally:
+        await log_.stop()
+    return outcome
+
+
+async def _finish(settings: Settings, topics: Topics, log_: Log) -> None:
+    """Append every event that is intended and not done, in the order of the numbers."""
+    box = await read_box(settings)
+    waiting = sorted(number for number in box.intents if number >= box.done)
+    if not waiting:
+        return
+    records: list[Record] = []
+    for number in waiting:
+        event = box.letters[box.intents[number]].event(topics)
+        event.source = (SOURCE, 0, number)
+        user = subject(event)
+        records.append((partition_of(user, topics.partitions), user.encode(), encode(event)))
+    await log_.append(topics.events, records)
+    await log_.append(topics.dead_letters, [(0, MARK, msgspec.msgpack.encode(Done(waiting[-1] + 1)))])

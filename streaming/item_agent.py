@@ -215,7 +215,7 @@ class ItemAgent:
             if self.next <= self.committed:
                 return
             rows = np.array(sorted(self._to_commit), np.int64)
-            head = self.head(self.next, self.state.marks, self.items, self._ground.epoch)
+            head = self.head(self.next, self.state.marks, self.items, self._ground.stamp)
             keys, values = self.items.rows.keys[rows].tolist(), self.items.pack(rows)
             gone = sorted(self._gone_to_commit)
             stored = await persist(

@@ -7,7 +7,7 @@ call this same code. One `Part` is what a micro-batch holds of one partition; a 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Final
@@ -66,6 +66,8 @@ _WEIGHTLESS = {
     Merge: (MERGE, 0.0, 0.0),
 }  # fmt: skip
 """(kind, weight, value) of what has no weight."""
+HASHES: Final = 65_536
+"""Hashes of item ids that a fold remembers, about 10 MB; then it forgets them all."""
 SWEEP: Final = 4096
 """Users beyond the cap leave a partition where its offset is a multiple of this, and only there: any cut is equal."""
 
@@ -100,6 +102,14 @@ class Part:
     def subjects(self) -> list[str]:
         """Return the user whose profile each event is folded into: an alias is folded into the anonymous one."""
         return [event.anonymous_id if type(event) is Alias else event.user_id for event in self.events]
+
+    def without(self, aside: Set[int]) -> Part:
+        """Return the part without the events at these offsets, which it still covers: they were set aside."""
+        if not aside or aside.isdisjoint(self.offsets):
+            return self
+        kept = [i for i, offset in enumerate(self.offsets) if offset not in aside]
+        offsets, times, events = ([column[i] for i in kept] for column in (self.offsets, self.times, self.events))
+        return Part(self.partition, self.first, self.next, offsets, times, events, self.dead)  # type: ignore[arg-type]
 
     def cut(self, offset: int) -> tuple[Part, Part]:
         """Return what lies before an offset inside first:next, and what lies at or after it."""
@@ -263,7 +273,7 @@ class UserFold:
     def _hash(self, text: str) -> int:
         found = self._hashes.get(text)
         if found is None:
-            if len(self._hashes) > 500_000:
+            if len(self._hashes) >= HASHES:
                 self._hashes.clear()
             found = self._hashes[text] = item_hash(text)
         return found

@@ -135,12 +135,15 @@ class Progress:
 class Watchdog:
     """Ends a process that no longer does its work: whatever the cause, a new one goes on from what is committed.
 
-    `ends` asks the broker, over a connection of its own, for the ends of partitions; what raises LogError means that
-    the broker is away, and then nothing is anybody's fault.
+    `ends` asks the broker, over a connection of its own, for the ends of partitions, `store` asks Redis for an answer;
+    where one of them is away, standing still is nobody's fault.
     """
 
-    def __init__(self, member: Member, progress: Progress, ends: Callable[[set[TP]], Awaitable[dict[TP, int]]]) -> None:
-        self._member, self._progress, self._ends = member, progress, ends
+    def __init__(
+        self, member: Member, progress: Progress, ends: Callable[[set[TP]], Awaitable[dict[TP, int]]],
+        store: Callable[[], Awaitable[Any]],
+    ) -> None:  # fmt: skip
+        self._member, self._progress, self._ends, self._store = member, progress, ends, store
         self._since: dict[str, tuple[float, float]] = {}
 
     async def watch(self) -> None:
@@ -160,8 +163,9 @@ class Watchdog:
                 return f"no task runs the agent of {name}"
         try:
             ends = await self._ends(assigned)
-        except LogError as error:
-            log.info("the broker is away (%s)", error)
+            await self._store()
+        except (LogError, *StoreUnavailable) as error:
+            log.info("Kafka or Redis is away (%s)", error)
             self._progress.waits_since = dict.fromkeys(self._progress.next, now)
             self._since.clear()
             return ""

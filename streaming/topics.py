@@ -160,7 +160,7 @@ def _epoch(cluster: str, found: dict[str, tuple[int, str]], topics: Topics) -> s
 def moved(stored: str, now: str) -> str:
     """Return what differs between the epoch that state was folded from and today's, "" where nothing does.
 
-    Version 0.1 wrote the cluster and the partitions only: what it did not write is not compared.
+    The version before wrote the cluster and the partitions only: what it did not write is not compared.
     """
     names = ("another cluster", "another number of partitions", "`events` was made again", "`examples` was made again",
              "`items` was made again")  # fmt: skip

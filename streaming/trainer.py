@@ -390,8 +390,8 @@ async def _main(settings: Settings) -> None:
     )  # fmt: skip
     await producer.start()
     await consumer.start()
-    ground = Ground(producer, topics, await producer.epoch(topics))
-    trainer = Trainer(store=store, cluster=ground.epoch, seed=settings.seed, most=settings.max_items)
+    ground = Ground(producer, topics, await producer.epoch(topics), codec=settings.codec)
+    trainer = Trainer(store=store, cluster=ground.stamp, seed=settings.seed, most=settings.max_items)
     try:
         await persist("load", trainer.load)
         trainer.suspect(await persist("faults", store.faults))

@@ -76,7 +76,7 @@ async def _main(settings: Settings, role: Role, slot: int) -> None:
     keys = await live_keys(client, settings.namespace)
     producer = Log(settings.kafka)
     await producer.start()
-    progress, ground = Progress(), Ground(producer, topics, await producer.epoch(topics))
+    progress, ground = Progress(), Ground(producer, topics, await producer.epoch(topics), codec=settings.codec)
     app, background = (_users if role == "users" else _items)(settings, slot, client, keys, producer, progress, ground)
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -86,7 +86,7 @@ async def _main(settings: Settings, role: Role, slot: int) -> None:
     member, ends = consumer.Member(app), Ends(settings.kafka)
     LoopGuard(asyncio.get_running_loop()).start()
     background += [
-        Watchdog(member, progress, ends).watch(),
+        Watchdog(member, progress, ends, client.ping).watch(),
         ground.watch(),
         report(role, slot, member, progress, client, keys),
         _leave_when_switched(client, keys),

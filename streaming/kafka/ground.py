@@ -36,8 +36,13 @@ class GroundError(RuntimeError):
 class Ground:
     """The log under a process: the epoch it began with, and whether it still is that one."""
 
-    def __init__(self, log_: Log, topics: Topics, epoch: str) -> None:
-        self._log, self._topics, self.epoch = log_, topics, epoch
+    def __init__(self, log_: Log, topics: Topics, epoch: str, *, codec: int = 2) -> None:
+        self._log, self._topics, self.epoch, self._codec = log_, topics, epoch, codec
+
+    @property
+    def stamp(self) -> str:
+        """What is written beside state: the epoch; with codec 1 only what the version before knows of it."""
+        return self.epoch if self._codec > 1 else "/".join(self.epoch.split("/")[:2])
 
     async def check(self, what: str, stored: str, applied: Mapping[tuple[str, int], int], bounds: Bounds) -> None:
         """Raise GroundError unless `what`, folded from the epoch `stored` up to `applied`, can go on from this log."""
