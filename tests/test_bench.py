@@ -9,14 +9,16 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.proving import bench, load
-from streaming.events import Click, decode
+from infra.proving import bench, load, overload
+from streaming.events import Click, decode, parse_json
 from streaming.topics import partition_of
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +130,44 @@ async def test_the_generator_sends_its_schedule_and_counts_errors(api: str) -> N
     assert found["events"]["errors"] == 0
     assert 0 < found["p50_ms"] <= found["p99_ms"] <= found["max_ms"]
     assert found["late_p99_ms"] >= 0
+
+
+async def test_a_flood_counts_what_was_accepted_shed_and_failed() -> None:
+    """Three answers of a server that is full: each counted as what it is, and every list has ids of its own."""
+    ids: set[str] = set()
+    answers = [202, 429, 503] * 4
+
+    async def take(request: web.Request) -> web.Response:
+        clicks = await request.json()
+        ids.update(click["event_id"] for click in clicks)
+        assert all(parse_json(json.dumps(click).encode()).ts > 1.7e9 for click in clicks[:3])
+        status = answers.pop()
+        headers = {"Retry-After": "3"} if status == 429 else {}
+        return web.json_response({"accepted": len(clicks)}, status=status, headers=headers)
+
+    app = web.Application(client_max_size=1 << 20)
+    app.router.add_post("/v1/events", take)
+    async with TestServer(app) as server, aiohttp.ClientSession(str(server.make_url("/"))) as session:
+        flood = load.Flood(session, users=100, items=100, seed=1)
+        told = [await flood.post(0.0) for _ in range(12)]
+    assert flood.statuses == {"202": 4, "429": 4, "503": 4}
+    assert flood.retry_after == {"3": 4}
+    assert (flood.accepted, len(ids)) == (4 * load.FLOOD_LIST, 12 * load.FLOOD_LIST)
+    assert sorted(set(told)) == ["", "POST answered 503"]
+
+
+def test_the_promises_of_overload_are_read_off_its_figures() -> None:
+    lookups = {"errors": 0}
+    kept = {
+        "ratio_p99": 2.9, "failed": 0, "retry_after_s": {"1": 2}, "before": lookups, "during": lookups,
+        "after": lookups,
+        "rss_start_mb": {"api": 200.0}, "rss_max_mb": {"api": 300.0}, "drained_s": 0.0,
+    }  # fmt: skip
+    assert all(overload.verdicts(kept).values())
+    for change in ({"ratio_p99": 3.1}, {"failed": 1}, {"retry_after_s": {"none": 1}}, {"drained_s": None},
+                   {"during": {"errors": 1}}, {"rss_max_mb": {"api": 600.0}}, {"ratio_p99": None}):  # fmt: skip
+        assert list(overload.verdicts({**kept, **change}).values()).count(False) == 1
+    assert (overload.ratio(30.0, 10.0), overload.ratio(None, 1.0), overload.ratio(1.0, None)) == (3.0, None, None)
 
 
 async def test_latency_counts_from_the_scheduled_arrival() -> None:
