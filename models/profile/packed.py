@@ -110,7 +110,8 @@ class Profiles:
         self.slate_items = np.empty((u, SLATES, SLATE_ITEMS), np.uint32)
         self.seen_n = np.fromiter((len(b) // 4 if b else 0 for b in seen), np.int64, u)
         self.seen = np.empty((u, SEEN), np.uint32)
-        self.changed_by = np.full(u, -1, np.int64)  # the last event of the micro-batch that changed the profile
+        self.changed_by = np.empty(u, np.int64)  # the last event of the micro-batch that changed the profile
+        self.changed_by.fill(-1)  # np.full takes four times as long, and lookups come here too
         self.seen_changed = np.zeros(u, np.bool_)
         self._load(packed, seen)
 
@@ -124,10 +125,9 @@ class Profiles:
         start = np.zeros(len(packed) + 1, np.int64)
         np.cumsum(sizes, out=start[1:])
         buffer = np.frombuffer(b"".join(p for p in packed if p), np.uint8)
-        bad = int(_unpack(buffer, start, *self._columns(), *self._byte_views()))
+        bad = int(_unpack(buffer, start, self.exists, *self._columns(), *self._byte_views()))
         if bad >= 0:
             raise _unreadable(packed[bad] or b"")
-        self.exists &= (self.ended[:, 0] == 0.0) | (self.times[:, 1] > 0.0)
 
     def _columns(self) -> tuple[I64, I64, I64, U8]:
         return self.n, self.d, self.s, self.slate_size
@@ -305,7 +305,7 @@ def _shown_counts(s: I64, slate_size: U8, rows: I64) -> I64:
 
 
 @njit(cache=True)
-def _unpack(buffer, start, n, d, s, slate_size, counters, times, ended, item, time, weight, kind, event, event_time, slate, slate_time, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+def _unpack(buffer, start, exists, n, d, s, slate_size, counters, times, ended, item, time, weight, kind, event, event_time, slate, slate_time, slate_items):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Read packed profiles into rows; all columns are byte views. Returns the first bad row, or -1."""
     for u in range(len(n)):
         at, end = start[u], start[u + 1]
@@ -322,6 +322,11 @@ def _unpack(buffer, start, n, d, s, slate_size, counters, times, ended, item, ti
         times[u, :] = buffer[at + 40 : at + 56]
         if header == 64:
             ended[u, :] = buffer[at + 56 : at + 64]
+            over, lives = False, False
+            for j in range(8):
+                over |= ended[u, j] != 0
+                lives |= times[u, 8 + j] != 0
+            exists[u] = lives or not over
         at += header
         for column, width, count in (
             (item, 8, n[u]), (time, 8, n[u]), (weight, 4, n[u]), (kind, 1, n[u]),
