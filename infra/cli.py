@@ -77,7 +77,7 @@ def _explains_itself(error: Exception) -> bool:
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
              ("streaming.replay", "ReplayError"), ("streaming.recovery.generations", "RecoveryError"),
              ("infra.proving.bench", "BenchError"), ("infra.proving.chaos", "ChaosError"),
-             ("serving.keys", "KeysError"))  # fmt: skip
+             ("serving.keys", "KeysError"), ("streaming.state", "StoredBytesError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
     return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from infra.settings import Settings
+from streaming.kafka.ground import Ground
 from streaming.recovery import cuts, lineage
 from streaming.recovery.apart import Advance
 from streaming.recovery.compare import first_differences
@@ -26,7 +27,7 @@ from streaming.recovery.generations import switch as switch_to
 from streaming.recovery.lineage import MemoryModel
 from streaming.recovery.snapshots import Manifest, base_for, check, find, load_weights
 from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, connect, live_keys, read_metrics
-from streaming.topics import Topics, end_offsets, epoch, moved, preflight
+from streaming.topics import Log, Topics, end_offsets, epoch, moved, preflight
 from streaming.trainer import Trainer
 
 QUIET_S: Final = 4.0
@@ -86,17 +87,18 @@ async def rebuild(
         cut, floor = (await cuts.ends(settings, until=until), {}) if until else await now(client, settings, ground)
         base = _chosen(settings, ground, begin, cut, snapshot)
         about = About(made=f"snapshot {base.name} and the logs since" if base else "the logs", until=until)
+        stamp = Ground(Log(settings.kafka), topics, ground, codec=settings.codec).stamp
         keys = await register(client, settings.namespace, about)
         report = Report(keys.generation, base=base.name if base else "")
         async with folding(settings, sum(cut.events.values()), advance) as halves:
             model = await _begin(settings, halves, base)
             await halves.to_one_cut(cut, floor)
-            await halves.write(keys.generation, ground)
+            await halves.write(keys.generation, stamp)
             await _count(halves, report)
             report.fold_s = time.monotonic() - began
             served = ModelStore(client, await live_keys(client, settings.namespace))
             if weights:
-                model = await _learn(settings, model, base, served, (begin, cut), until, advance, ground, report)
+                model = await _learn(settings, model, base, served, (begin, cut), until, advance, stamp, report)
             else:
                 head, rows = await served.load()
                 model = MemoryModel(head, dict(rows))
@@ -104,7 +106,7 @@ async def rebuild(
             await write_model(client, settings, keys, model)
             report.weights_s = time.monotonic() - began - report.fold_s
             if switch:
-                await _catch_up(halves, client, keys, ground)
+                await _catch_up(halves, client, keys, ground, stamp)
         await finish(client, keys, about)
         if switch:
             await switch_to(client, settings.namespace, keys.generation, topics.partitions)
@@ -170,13 +172,13 @@ async def _learn(
     return model
 
 
-async def _catch_up(halves: Folding, client: Redis, keys: Keys, ground: str) -> None:
+async def _catch_up(halves: Folding, client: Redis, keys: Keys, ground: str, stamp: str) -> None:
     """Fold and write what came meanwhile, until that takes no time: the new generation is served without a lag."""
     for _ in range(10):
         began = time.monotonic()
         cut, _ = await now(client, halves.settings, ground)
         await halves.to_one_cut(cut, {})
-        await halves.write(keys.generation, ground)
+        await halves.write(keys.generation, stamp)
         if time.monotonic() - began < TAIL_S:
             return
 

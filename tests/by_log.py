@@ -84,8 +84,8 @@ class ByLog:
             for parts in rounds([part]):
                 outcome = self._fold.fold(parts, await self.users.read(users_of(parts)))
                 made = [(0, None, entries.to_bytes()) for entries in outcome.records]
-                await self.log.append(self.topics.examples, made)
                 await self.publish(outcome.derived)
+                await self.log.append(self.topics.examples, made)
                 assert await self.users.commit(outcome.writes, self.ground) == [None]
         return count
 
