@@ -24,7 +24,7 @@ from models.rows import Rows
 from streaming import consumer
 from streaming.agents import UserAgent, attach, inlet_agents, topics_of
 from streaming.consumer import TP, Bounds, Seek
-from streaming.events import Click, Weights, encode
+from streaming.events import Alias, Click, Weights, encode
 from streaming.item_agent import ItemAgent
 from streaming.kafka.address import shown
 from streaming.kafka.ground import Ground, GroundError
@@ -58,6 +58,8 @@ def warm() -> None:
         changed = items.fold(accept(Entries.from_bytes(outcome.records[0].to_bytes()), {0: offset}))
         Items(rows=Rows()).load(items.rows.keys[changed], items.pack(changed))
         items.pack_totals()
+    alias = Alias(user_id="warm-2", anonymous_id="warm", ts=1.0, event_id="alias")
+    fold.fold([decode_part("warm", 0, [(2, 2000, encode(alias))])], {0: store.read_now(0, ["warm"])})
     profiles = Profiles([store.values["profile", 0, "warm"]], [None])
     factors.rows.add(profiles.item[0, :1])
     factors.grow()
