@@ -57,7 +57,9 @@ class SeekingConsumer(Consumer):  # type: ignore[misc]
         assigned = sorted(self.assignment())
         first, ends = await self.earliest_offsets(*assigned), await self.highwaters(*assigned)
         committed = {tp: offset for tp in assigned if (offset := self._read_offset.get(tp)) is not None}
-        offsets = await self.app.seek_to({tp: (first[tp], ends[tp]) for tp in assigned}, committed)
+        # Where nothing is committed Kafka's client seeks nowhere: what it read and a rebalance dropped would be lost.
+        start = {tp: first[tp] for tp in assigned if not committed.get(tp)}
+        offsets = start | await self.app.seek_to({tp: (first[tp], ends[tp]) for tp in assigned}, committed)
         await self.seek_wait(offsets)
         for tp, offset in offsets.items():
             # Otherwise Faust waits for the gap between its own committed offset and this one to close.

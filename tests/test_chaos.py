@@ -16,13 +16,15 @@ import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from typer.testing import CliRunner
 
-from infra.cli import app
+from infra.cli import app as cli
 from infra.proving.chaos import Report, run_chaos
 from infra.proving.faults import FAULTS, drawn
 from infra.proving.proxy import Proxy
 from infra.proving.publisher import Stream
 from infra.settings import Settings
 from serving.app import create_parts, keep_log
+from streaming.agents import attach
+from streaming.consumer import create_app
 from streaming.kafka.reading import Reading, SilenceError
 from streaming.state import StoreUnavailable, connect
 from streaming.topics import Ends, Log, LogError
@@ -60,7 +62,7 @@ def test_a_report_that_does_not_hold_says_so() -> None:
 
 def test_the_verb_refuses_a_folder_with_something_in_it(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
-    result = CliRunner().invoke(app, ["chaos", "--kills", "1", "--data", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["chaos", "--kills", "1", "--data", str(tmp_path)])
     assert result.exit_code == 1
     assert "is not empty" in str(result.exception)
     assert (tmp_path / "mine").read_text() == "precious"
@@ -244,3 +246,39 @@ async def test_records_that_wait_and_do_not_come_end_the_reader(kafka: str, topi
         await consumer.stop()
         await ends.stop()
         await log.stop()
+
+
+async def test_what_was_read_before_the_first_commit_is_read_again_after_a_rebalance(kafka: str, topics: Any) -> None:
+    """Kafka's client seeks nowhere where nothing is committed: 469 events of a worker stopped early were never read."""
+    made, got = await topics(1), list[bytes]()
+
+    async def run(batches: AsyncIterator[Any]) -> None:
+        async for batch in batches:
+            got.extend(value for records in batch.values() for _, _, value in records)
+
+    async def seek(assigned: Any, committed: Any) -> dict[Any, int]:
+        return {}
+
+    app = create_app(
+        f"{made.namespace}-users", kafka=kafka, form="chunks", instance="users-0", seek=seek,
+        on_crash=lambda name, error: None,
+    )  # fmt: skip
+    app.conf.broker_commit_interval = 60.0
+    attach(app, made.inlet("clicks"), run)
+    log = Log(kafka)
+    await log.start()
+    await log.append(made.inlet("clicks"), [(0, None, b"%d" % k) for k in range(3)])
+    app.finalize()
+    await app.start()
+    try:
+        await until(lambda: _is(len(got) == 3))
+        await app.consumer.perform_seek()
+        await until(lambda: _is(len(got) == 6))
+        assert got == [b"0", b"1", b"2"] * 2
+    finally:
+        await app.stop()
+        await log.stop()
+
+
+async def _is(value: bool) -> bool:
+    return value
