@@ -187,18 +187,21 @@ class UserFold:
     """Folds micro-batches of `events` into profiles and derives their `examples` entries.
 
     `embed`, where given, computes the cached embeddings that are written beside each changed profile; `codec` is the
-    version of the profiles written; `keep` is how many users a partition keeps, 0: all.
+    version of the profiles written; `keep` is how many users a partition keeps, 0: all; without `derive` there are no
+    entries for `examples` (a rebuild finds them there).
     """
 
-    def __init__(self, weights: Weights, *, embed: Embed | None = None, codec: int = VERSION, keep: int = 0) -> None:
-        self._weights, self._embed, self._codec, self._keep = weights, embed, codec, keep
+    def __init__(
+        self, weights: Weights, *, embed: Embed | None = None, codec: int = VERSION, keep: int = 0, derive: bool = True
+    ) -> None:
+        self._weights, self._embed, self._codec, self._keep, self._derive = weights, embed, codec, keep, derive
         self._hashes: dict[str, int] = {}
 
     @classmethod
-    def of(cls, settings: Settings, *, embed: Embed | None = None) -> UserFold:
+    def of(cls, settings: Settings, *, embed: Embed | None = None, derive: bool = True) -> UserFold:
         """Return the fold of a deployment: the same in its agents, its rebuild and its verification."""
         keep = -(-settings.max_users // settings.partitions)
-        return cls(Weights(settings.event_weights), embed=embed, codec=settings.codec, keep=keep)
+        return cls(Weights(settings.event_weights), embed=embed, codec=settings.codec, keep=keep, derive=derive)
 
     def fold(self, parts: Sequence[Part], reads: Mapping[int, UserRead]) -> Outcome:
         """Fold parts (one per partition) onto what was read for them; raises GapError and CodecError.
@@ -252,7 +255,7 @@ class UserFold:
                 for i, moved in folded.moved.items()
                 if start <= i < end and (offset := int(columns.offset[i])) >= 0
             ]
-            if following > applied:
+            if following > applied and self._derive:
                 pieces.append(columns.entries(folded, start, end, (part.partition, applied, following)))
         outcome.records = _records(pieces)
         return outcome

@@ -34,7 +34,7 @@ class UserHalf:
 
     def __init__(self, settings: Settings, *, rederive: bool = False) -> None:
         self.settings, self.topics, self.store = settings, topics_of(settings), MemoryUserStore()
-        self._fold = UserFold.of(settings)
+        self._fold = UserFold.of(settings, derive=rederive)
         self._touched: dict[int, dict[str, None]] = defaultdict(dict)
         self._written: dict[int, int] = {}
         self._skipped: list[str] = []
