@@ -16,11 +16,15 @@ import pytest
 
 from infra.proving.soak import CAP, PARTITIONS, Churn, Soak, judge, run_soak
 from infra.settings import Settings
+from infra.telemetry import EXIT_AGAIN
+from models.examples import Entries
+from streaming.dead_letters import letters
 from streaming.rebuild import verify
 from streaming.sizes import redis_sizes
 from streaming.state import ItemStore, Keys, connect
 from streaming.topics import Log, Topics
 from tests.entries import Walk, cuts
+from tests.forked import CONTEXT, _run
 from tests.hand import Hand
 from tests.test_api import click, compiled, seeded, serving, settings_with, until
 
@@ -37,7 +41,7 @@ async def test_redis_sizes_are_near_the_truth(settings: Settings) -> None:
     async for name in hand.client.scan_iter(f"{hand.keys.prefix}:{{u*", count=5000):
         whole += await hand.client.memory_usage(name, samples=0)
     assert sizes.bytes["profiles"] == pytest.approx(whole, rel=0.3)
-    assert sizes.bytes["items"] > 100_000
+    assert sizes.bytes["items"] > 30_000
     assert sizes.bytes["total"] > sizes.bytes["profiles"]
     assert sizes.bytes["feeds"] > 0
     await hand.close()
@@ -51,7 +55,8 @@ async def test_gauges_say_what_is_held_and_what_may_be(settings: Settings, topic
     key = hand.keys.metrics("items")
     await hand.client.xadd(key, {"t": "1", "rss_mb": "321.5", "slot": "0", "rows_to_commit": "7"})
     async with serving(settings) as (client, app):
-        await until(lambda: app.state.parts.snapshot.live.items.n == 30)
+        parts = app.state.parts
+        await until(lambda: parts.snapshot.live.items.n == 30 and not parts.log_problem)
         text = (await client.get("/metrics")).text
         assert 'freshet_process_bytes{process="items-0"} 3.215e+08' in text
         assert 'freshet_process_bytes{process="api"}' in text
@@ -80,12 +85,12 @@ def _start_items(settings: Settings) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.timeout(120)
-async def test_items_that_left_are_gone_after_kills_and_in_a_verification(
+async def test_items_that_left_are_gone_after_a_kill_and_in_a_verification(
     settings: Settings, topics: Callable[..., Awaitable[Topics]]
 ) -> None:
-    """2,200 records on 60 items where 16 may stay, the item agent killed twice: Redis holds what a rebuild folds."""
+    """2,050 records on 60 items where 16 may stay, the item agent killed: Redis holds what a rebuild folds."""
     settings = settings_with(settings, max_items=16)
-    made, count = await topics(settings.partitions), 2200
+    made, count = await topics(settings.partitions), 2050
     parts = cuts(Walk(n=count, users=40, pace=60.0).entries(), list(range(count)))
     log, client = Log(settings.kafka), connect(settings.redis)
     store = ItemStore(client, Keys(settings.namespace))
@@ -94,7 +99,7 @@ async def test_items_that_left_are_gone_after_kills_and_in_a_verification(
     try:
         for first in range(0, count, 300):
             await log.append(made.examples, [(0, None, part.to_bytes()) for part in parts[first : first + 300]])
-            if first in (900, 1800):
+            if first == 900:
                 await asyncio.sleep(0.5)
                 process.send_signal(signal.SIGKILL)
                 process.wait()
@@ -108,10 +113,64 @@ async def test_items_that_left_are_gone_after_kills_and_in_a_verification(
         process.wait()
         await log.stop()
     _, rows = await store.load()
-    assert len(rows) < 60
+    assert len(rows) <= 16 + 2 * 6
     report = await verify(settings, advance=lambda *_: None, weights=False)
     assert report.differing == []
     assert report.rows == len(rows)
+    await client.aclose()
+
+
+def _with_a_defect(settings: Settings, log: Path) -> None:
+    """The item agent, whose fold raises at one event: a defect of the kind that no codec sees."""
+    from models.items import Items
+
+    fold = Items.fold
+
+    def defective(self: Items, entries: Entries) -> np.ndarray:
+        if 7 in entries.offset.tolist():
+            raise IndexError("out of bounds")
+        return fold(self, entries)
+
+    Items.fold = defective  # type: ignore[method-assign]
+    _run("items", settings, log)
+
+
+@pytest.mark.timeout(120)
+async def test_a_record_whose_fold_raises_three_times_is_set_aside(
+    settings: Settings, topics: Callable[..., Awaitable[Topics]], tmp_path: Path
+) -> None:
+    """Twice before, now the third time: it starts again and goes on without the record; verify agrees."""
+    made = await topics(settings.partitions)
+    parts = cuts(Walk(n=20, pace=60.0).entries(), list(range(20)))
+    log, client = Log(settings.kafka), connect(settings.redis)
+    store = ItemStore(client, Keys(settings.namespace))
+    await log.start()
+    await log.append(made.examples, [(0, None, part.to_bytes()) for part in parts])
+    assert [await store.blame(7, 8, "IndexError") for _ in range(2)] == [1, 2]
+    codes: list[int | None] = []
+    process = None
+    try:
+        deadline = time.monotonic() + 90
+        while int((await store.head()).get("next", 0)) < 20:
+            assert time.monotonic() < deadline, (codes, (tmp_path / "items.log").read_text()[-2000:])
+            if process is None or process.exitcode is not None:
+                codes += [] if process is None else [process.exitcode]
+                process = CONTEXT.Process(target=_with_a_defect, args=(settings, tmp_path / "items.log"))
+                process.start()
+            await asyncio.sleep(0.1)
+    finally:
+        if process is not None:
+            process.kill()
+            process.join(5)
+        await log.stop()
+    assert codes == [EXIT_AGAIN]
+    (letter,) = await letters(settings)
+    assert (letter.topic, letter.offset) == (made.examples, 7)
+    assert "raised 3 times" in letter.reason
+    assert "IndexError: out of bounds" in letter.reason
+    assert (await store.faults())[7].count == 3
+    report = await verify(settings, advance=lambda *_: None, weights=False)
+    assert report.differing == []
     await client.aclose()
 
 
@@ -129,7 +188,7 @@ def test_a_soak_judges_the_second_half() -> None:
     soak.add(3.0, {"api": 1.0})
     soak.add(6.0, {"api": 2.0, "items": 3.0})
     soak.add(9.0, {"items": 4.0})
-    assert soak.samples == {"api": [1.0, 2.0, 2.0], "items": [0.0, 3.0, 4.0]}
+    assert soak.samples == {"api": [1.0, 2.0, 2.0], "items": [3.0, 3.0, 4.0]}
 
 
 def test_users_and_items_come_and_go() -> None:
@@ -144,9 +203,9 @@ def test_users_and_items_come_and_go() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_short_soak_keeps_to_its_caps(tmp_path: Path) -> None:
-    report = run_soak(12.0, data=tmp_path / "soak")
+    report = run_soak(6.0, data=tmp_path / "soak")
     kept = report["kept"]
-    assert kept["events"] > 1000
+    assert kept["events"] > 300
     assert kept["items_kept"] <= CAP + 1024 * 20
     assert kept["users_kept"] <= CAP + 4096 * PARTITIONS
     assert {"api", "items", "users-0", "learner", "redis", "kafka", "redis, used"} <= report["memory"].keys()

@@ -103,7 +103,7 @@ class Soak:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, at: float, values: Mapping[str, float]) -> None:
-        """Take one sample of everything; what is missing (a process that restarts) repeats its last value."""
+        """Take one sample of everything; what is missing repeats its last value, or its first."""
         self.times.append(at)
         for name in self.samples.keys() | values.keys():
             known = self.samples.setdefault(name, [])
