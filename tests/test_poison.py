@@ -18,11 +18,12 @@ from streaming.consumer import TP
 from streaming.dead_letters import MARK, Intent, letters, replay
 from streaming.events import Click, Weights, encode
 from streaming.kafka.ground import Ground
-from streaming.learn import Embed, UserFold
+from streaming.learn import Embed, Part, UserFold
 from streaming.rebuild import verify
 from streaming.state import Keys, Redis, RedisUserStore, connect, read_user
 from streaming.supervision import Progress
 from streaming.topics import Log, Topics, end_offsets, epoch, partition_of, read_topic
+from streaming.users.memory import MemoryUserStore
 from tests.forked import Roles
 
 POISON, PARTITIONS = "u3", 2
@@ -170,3 +171,12 @@ async def test_a_profile_of_a_later_version_stops_the_worker_for_good(world: Wor
     finally:
         roles.stop()
     assert await letters(world.settings) == []
+
+
+def test_a_part_without_events_is_folded() -> None:
+    """Only what could not be read, or was set aside, lay there: the offset and the range go on all the same."""
+    store = MemoryUserStore()
+    outcome = UserFold(Weights()).fold([Part(0, 0, 3)], {0: store.read_now(0, [])})
+    assert store.commit_now(outcome.writes[0]) is None
+    assert store.applied[0][0] == 3
+    assert outcome.records[0].ranges == [(0, 0, 3)]

@@ -21,6 +21,7 @@ The seen list is a value of its own: at most 4,096 low 32-bit item hashes, oldes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -135,7 +136,8 @@ class Profiles:
     def _byte_views(self) -> tuple[U8, ...]:
         columns = (
             self.counters, self.times, self.ended, self.item, self.time, self.weight, self.kind, self.event,
-            self.event_time, self.slate, self.slate_time, self.slate_items.reshape(len(self.n), -1),
+            self.event_time, self.slate, self.slate_time,
+            self.slate_items.reshape(len(self.n), math.prod(self.slate_items.shape[1:])),
         )  # fmt: skip
         return tuple(column.view(np.uint8) for column in columns)
 
