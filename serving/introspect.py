@@ -33,7 +33,7 @@ from models.profile import ProfileView, unpack
 from models.ranker import FEATURES
 from serving.lookup import row_of, unknown_item, user_id
 from serving.messages import Problem, json_response
-from serving.overload import MAX_APPENDING, MAX_BODIES
+from serving.overload import MAX_APPENDING, MAX_BODIES, MAX_LISTS
 from serving.parts import Parts
 from serving.snapshot import MAX_PENDING, Live
 from streaming.state import UserRead
@@ -172,6 +172,7 @@ def buffers(parts: Parts) -> dict[str, dict[str, int]]:
     """Return what each buffer of this process holds, and may hold; the README says what happens when one is full."""
     held = {
         "bodies_bytes": (parts.overload.bodies, MAX_BODIES),
+        "large_lists": (parts.overload.lists, MAX_LISTS),
         "appending_requests": (parts.overload.appending, MAX_APPENDING),
         "impressions": (len(parts.impressions), parts.settings.impression_buffer),
         "model_feed_parts": (len(parts.snapshot.model_feed.pending), MAX_PENDING),

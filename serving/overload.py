@@ -20,8 +20,12 @@ from starlette.requests import Request
 from infra.telemetry import REQUESTS_SHED, Telemetry
 from serving.messages import MAX_BODY, Problem, read_body
 
-MAX_LAG: Final = 200_000
-"""Accepted events that the user agents, or the item agent, have not applied yet; about 10 s of their work."""
+MAX_LAG: Final = 100_000
+"""Accepted events that the user agents, or the item agent, have not applied yet; about 5 s of their work."""
+MAX_LISTS: Final = 8
+"""Large bodies of events or items at once: parsed one by one, so that the last waits a third of a second or so."""
+LARGE: Final = 16 * 1024
+"""Bytes from which on a body is a large one."""
 MAX_APPENDING: Final = 64
 """Requests that may wait for Kafka at once."""
 MAX_BODIES: Final = 32 * 1024 * 1024
@@ -55,6 +59,7 @@ class Overload:
     delay_s: float = 0.0
     watching: bool = False
     bodies: int = 0
+    lists: int = 0
     appending: int = 0
     shed: dict[str, int] = field(default_factory=dict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -91,7 +96,11 @@ class Overload:
         size = min(int(declared), MAX_BODY) if declared.isdigit() else MAX_BODY
         if self.bodies + size > (MAX_BODIES if small else MAX_BODIES * 3 // 4):
             raise self.refuse("bodies", "this process", f"at most {MAX_BODIES} bytes of bodies at once", "more")
+        large = size > LARGE and not small
+        if large and self.lists >= MAX_LISTS:
+            raise self.refuse("lists", "this process", f"at most {MAX_LISTS} large lists at once", "more")
         self.bodies += size
+        self.lists += large
         try:
             try:
                 async with asyncio.timeout(BODY_S):
@@ -101,6 +110,7 @@ class Overload:
             yield content
         finally:
             self.bodies -= size
+            self.lists -= large
 
     @contextlib.asynccontextmanager
     async def turn(self, *, many: bool) -> AsyncIterator[None]:
