@@ -44,6 +44,7 @@ class Watch:
         self.rss_start, self.rss_max = dict[str, float](), dict[str, float]()
         self.lag_max: dict[str, int] = {}
         self.delay_max_ms = 0.0
+        self.shed: dict[str, int] = {}
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -62,6 +63,7 @@ class Watch:
                     self.rss_start.setdefault(name, round(megabytes, 1))
                     self.rss_max[name] = round(max(megabytes, self.rss_max.get(name, 0.0)), 1)
             told = state_of(self._stack).get("overload", {})
+            self.shed = told.get("shed", self.shed)
             for fold, behind in told.get("lag", {}).items():
                 self.lag_max[fold] = max(behind, self.lag_max.get(fold, 0))
             self.delay_max_ms = max(self.delay_max_ms, told.get("loop_delay_ms", 0.0))
@@ -98,7 +100,7 @@ def run_overload(
         "ratio_p99": ratio(found["during"]["p99_ms"], found["before"]["p99_ms"]),
         "ratio_p50": ratio(found["during"]["p50_ms"], found["before"]["p50_ms"]),
         "rss_start_mb": watch.rss_start, "rss_max_mb": watch.rss_max, "lag_max": watch.lag_max,
-        "loop_delay_max_ms": watch.delay_max_ms, "cpu_share": shares, **drained,
+        "loop_delay_max_ms": watch.delay_max_ms, "shed_requests": watch.shed, "cpu_share": shares, **drained,
     }  # fmt: skip
 
 
