@@ -12,9 +12,9 @@ from models import item_fold
 from models.examples import item_hash
 from models.factors import DIM
 from models.item_fold import ItemFold
-from models.model import Model
+from models.model import STATE_FORM, Model
 from models.rows import BEHAVIOUR, LEARNT, Rows
-from serving.snapshot import STATE_FORM, Live, Snapshot, Stale
+from serving.snapshot import Live, Snapshot, Stale
 from streaming.item_agent import load_items
 from streaming.state import Delta, ItemStore, Keys, ModelStore, StoredBytesError, connect
 from tests.entries import KEYS, entry
