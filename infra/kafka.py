@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from infra.process import Process, answers, folder_lock, free_port
 
@@ -36,10 +37,11 @@ _PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}
+listeners={protocol}://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners={protocol}://127.0.0.1:{advertised}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name={protocol}
+listener.security.protocol.map={protocol}:{protocol},CONTROLLER:PLAINTEXT
 log.dirs={logs}
 auto.create.topics.enable=false
 offsets.topic.replication.factor=1
@@ -69,6 +71,52 @@ _JVM = (
 
 class KafkaError(RuntimeError):
     """No broker can be had; the message says what was tried and names the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Secured:
+    """How a broker's listener is secured: PEM files, and the one user where clients must say who they are.
+
+    `server` holds the private key (PKCS8) and its certificate, `ca` what clients trust; with `clients` they must show
+    a certificate of that CA themselves. Without files the listener is plain.
+    """
+
+    ca: Path | None = None
+    server: Path | None = None
+    clients: bool = False
+    user: str = ""
+    password: str = ""
+
+    @property
+    def protocol(self) -> str:
+        """PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL."""
+        transport = "SSL" if self.server else "PLAINTEXT"
+        return f"SASL_{transport}" if self.user else transport
+
+    def address(self, servers: str) -> str:
+        """The setting `kafka` by which clients come to these servers; those with a certificate add cert= and key=."""
+        if self.protocol == "PLAINTEXT":
+            return servers
+        login = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}@" if self.user else ""
+        query = ([f"ca={self.ca}"] if self.server else []) + (["mechanism=PLAIN"] if self.user else [])
+        return f"{self.protocol.lower()}://{login}{servers}?{'&'.join(query)}"
+
+    def properties(self) -> str:
+        """Lines of the broker's configuration."""
+        lines = []
+        if self.server:
+            lines += [
+                "ssl.keystore.type=PEM", f"ssl.keystore.location={self.server}", "ssl.truststore.type=PEM",
+                f"ssl.truststore.location={self.ca}", f"ssl.client.auth={'required' if self.clients else 'none'}",
+            ]  # fmt: skip
+        if self.user:
+            module = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+            who = f'username="{self.user}" password="{self.password}" user_{self.user}="{self.password}"'
+            lines += [
+                "sasl.enabled.mechanisms=PLAIN", "sasl.mechanism.inter.broker.protocol=PLAIN",
+                f"listener.name.{self.protocol.lower()}.plain.sasl.jaas.config={module} {who};",
+            ]  # fmt: skip
+        return "".join(line + "\n" for line in lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +322,9 @@ class Broker:
         advertised: int = 0,
         log: Path | None = None,
         options: list[str] | None = None,
+        secured: Secured | None = None,
     ) -> None:
-        self.data, self._advertised = data.resolve(), advertised
+        self.data, self._advertised, self.secured = data.resolve(), advertised, secured or Secured()
         self._jars, self._options = jars, options or ([f"-XX:SharedArchiveFile={archive}"] if archive else [])
         self._wanted = port
         self.port = self.controller = 0
@@ -284,19 +333,19 @@ class Broker:
     @classmethod
     def prepare(
         cls, data: Path, cache: Path, *, quiet: bool = False, say: Say = lambda text: None, log: Path | None = None,
-        advertised: int = 0,
+        advertised: int = 0, secured: Secured | None = None,
     ) -> Broker:  # fmt: skip
         """A broker with its jars fetched and its archive built; not started yet.
 
         `advertised` is the port that it tells clients to come to, where that is a proxy's and not its own.
         """
         jars = fetch_jars(cache, quiet=quiet)
-        return cls(data, jars=jars, archive=archive(cache, jars, say), log=log, advertised=advertised)
+        return cls(data, jars=jars, archive=archive(cache, jars, say), log=log, advertised=advertised, secured=secured)
 
     @property
     def bootstrap(self) -> str:
-        """`host:port` for clients."""
-        return f"127.0.0.1:{self.port}"
+        """What clients take as the setting `kafka`: `host:port`, with TLS and login where it is secured."""
+        return self.secured.address(f"127.0.0.1:{self.port}")
 
     def start(self) -> None:
         """Write the configuration and start the process; a restart keeps the ports."""
@@ -306,12 +355,16 @@ class Broker:
         if not self.port:
             self._choose_ports()
         advertised = self._advertised or self.port
-        text = _PROPERTIES.format(port=self.port, advertised=advertised, controller=self.controller, logs=logs)
-        (self.data / "server.properties").write_text(text)
+        text = _PROPERTIES.format(
+            port=self.port, advertised=advertised, controller=self.controller, logs=logs,
+            protocol=self.secured.protocol,
+        )  # fmt: skip
+        properties = self.data / "server.properties"
+        properties.touch(mode=0o600)  # a password may be in it
+        properties.write_text(text + self.secured.properties())
         (self.data / "ports.json").write_text(json.dumps([self.port, self.controller]))
         path = os.pathsep.join(str(jar) for jar in self._jars)
-        properties = str(self.data / "server.properties")
-        self.process.command = [str(java()), *_JVM, *self._options, "-cp", path, "kafka.Kafka", properties]
+        self.process.command = [str(java()), *_JVM, *self._options, "-cp", path, "kafka.Kafka", str(properties)]
         self.process.start()
 
     def _choose_ports(self) -> None:
@@ -380,7 +433,9 @@ def kafka_answers(bootstrap: str, timeout: float = 2.0) -> bool:
     async def ask() -> bool:
         from aiokafka.admin import AIOKafkaAdminClient
 
-        admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=int(timeout * 1000))
+        from streaming.kafka.address import client_options
+
+        admin = AIOKafkaAdminClient(**client_options(bootstrap), request_timeout_ms=int(timeout * 1000))
         try:
             await admin.start()
             return bool((await admin.describe_cluster()).get("brokers"))

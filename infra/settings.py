@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
 
 PREFIX = "FRESHET_"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -147,7 +146,8 @@ def _setting(default: Any, parse: Callable[[object], Any], text: str, *, secret:
 
 
 _ORIGINS = r"|https?://[^\s,/]+(,https?://[^\s,/]+)*"
-_HOST_PORT = r"|[^\s:/]+:\d{1,5}(,[^\s:/]+:\d{1,5})*"
+_SERVERS = r"[^\s:/@,]+:\d{1,5}(,[^\s:/@,]+:\d{1,5})*"
+_KAFKA = rf"|{_SERVERS}|ssl://{_SERVERS}/?(\?\S+)?|sasl_(ssl|plaintext)://[^\s:/@]+:[^\s:/@]+@{_SERVERS}/?(\?\S+)?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +161,8 @@ class Settings:
     )
     kafka: str = _setting(
         "",
-        _matching(_HOST_PORT, "host:port, several separated by commas"),
-        "Existing Kafka as host:port; empty: the stack starts its own broker.",
+        _matching(_KAFKA, "host:port, several separated by commas, before it ssl:// or sasl_ssl://user:password@"),
+        "Existing Kafka as host:port, or with TLS and login; empty: the stack starts its own broker.",
     )
     redis: str = _setting(
         "",
@@ -312,7 +312,7 @@ def _parsed(item: Field[Any], value: object, source: str) -> Any:
     try:
         return item.metadata["parse"](value)
     except ValueError as error:
-        shown = MASK if item.metadata["secret"] else value
+        shown = MASK if item.metadata["secret"] or "@" in str(value) else value
         raise SettingsError(f"setting {item.name} ({source}): expected {error}, got {shown!r}") from None
 
 
@@ -321,11 +321,8 @@ def _masked(item: Field[Any], value: object) -> object:
         return MASK if value else ""
     if isinstance(value, tuple):
         return [list(row) for row in value]
-    if isinstance(value, str) and "@" in value and "://" in value:
-        parts = urlsplit(value)
-        user, _, server = parts.netloc.rpartition("@")
-        name = user.split(":", 1)[0] + (":" + MASK if ":" in user else "")
-        return urlunsplit(parts._replace(netloc=f"{name}@{server}"))
+    if isinstance(value, str):
+        return re.sub(r"(://[^:/@]*:)\S*@", rf"\g<1>{MASK}@", value)
     return value
 
 

@@ -32,6 +32,7 @@ from infra.process import Process, folder_lock, free_port
 from infra.settings import Settings, read_stack
 from infra.store import RedisServer, redis_answers
 from infra.telemetry import EXIT_FOR_GOOD, READY_FILE
+from streaming.kafka.address import shown
 
 PROCESSES = ("kafka", "redis", "users", "items", "learner", "api")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
@@ -337,8 +338,8 @@ class Stack:
     def _must_answer(what: str, address: str, variable: str, answered: bool) -> None:
         if not answered:
             raise StackError(
-                f"{what} at {address} does not answer. It was named by {variable} (or --{what.lower()}): start it, "
-                f"correct the address, or unset {variable} so that Freshet starts its own."
+                f"{what} at {shown(address)} does not answer. It was named by {variable} (or --{what.lower()}): start "
+                f"it, correct the address, or unset {variable} so that Freshet starts its own."
             )
 
     def _make_topics(self) -> None:
@@ -440,6 +441,7 @@ class Stack:
             "created": created,
         }
         part = self.data / "stack.json.part"
+        part.touch(mode=0o600)  # an address may hold a password
         part.write_text(json.dumps(content, indent=2))
         os.replace(part, self.data / "stack.json")
         self._recorded = pids

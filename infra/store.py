@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from infra.process import Process, free_port
 
@@ -41,15 +41,16 @@ def binary() -> str:
 class RedisServer:
     """One Redis server in one folder, on loopback; state survives `stop`, `kill` and a crash of this process."""
 
-    def __init__(self, data: Path, *, port: int = 0, log: Path | None = None) -> None:
-        self.data = data.resolve()
+    def __init__(self, data: Path, *, port: int = 0, log: Path | None = None, password: str = "") -> None:
+        self.data, self._password = data.resolve(), password
         self._wanted, self.port = port, 0
         self.process = Process("redis", [], log=log or data / "redis.log", on_parent_death=signal.SIGTERM)
 
     @property
     def url(self) -> str:
-        """`redis://host:port/0` for clients."""
-        return f"redis://127.0.0.1:{self.port}/0"
+        """`redis://host:port/0` for clients, with the password where there is one."""
+        login = f":{quote(self._password, safe='')}@" if self._password else ""
+        return f"redis://{login}127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
         """Start the process; a restart keeps the port."""
@@ -71,6 +72,7 @@ class RedisServer:
             "save": "",
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
+            **({"requirepass": self._password} if self._password else {}),
         }
         self.process.command = [binary(), *(word for name, value in settings.items() for word in (f"--{name}", value))]
         self.process.start()

@@ -166,7 +166,7 @@ async def test_a_profile_of_a_later_version_stops_the_worker_for_good(world: Wor
     await world.client.set(world.keys.profile(partition_of(POISON, PARTITIONS), POISON), b"\x09" + bytes(63))
     roles = Roles(world.settings, tmp_path, ["users"])
     try:
-        assert await asyncio.to_thread(roles.codes, 30) == {"users": EXIT_FOR_GOOD}, roles.text("users")
+        assert await asyncio.to_thread(roles.codes, 60) == {"users": EXIT_FOR_GOOD}, roles.text("users")
         assert "a later version of Freshet wrote it" in roles.text("users")
     finally:
         roles.stop()

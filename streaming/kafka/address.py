@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import ssl
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 FORMS: Final = (
@@ -30,15 +30,16 @@ def client_options(kafka: str) -> dict[str, Any]:
         if not _SERVERS.fullmatch(kafka):
             raise ValueError(f"Kafka's address: expected {FORMS}")
         return {"bootstrap_servers": kafka}
-    parts = urlsplit(kafka)
+    scheme, _, rest = kafka.partition("://")
+    parts = urlsplit(f"kafka://{rest}")  # a scheme with an underscore is none to urlsplit
     login, _, servers = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     query = dict(parse_qsl(parts.query))
-    if parts.scheme not in _SCHEMES or not _SERVERS.fullmatch(servers) or parts.path not in ("", "/"):
+    if scheme not in _SCHEMES or not _SERVERS.fullmatch(servers) or parts.path not in ("", "/"):
         raise ValueError(f"Kafka's address: expected {FORMS}, got {shown(kafka)}")
     if unknown := query.keys() - {"ca", "cert", "key", "mechanism"}:
         raise ValueError(f"Kafka's address: expected ca, cert, key or mechanism after the ?, got {', '.join(unknown)}")
-    protocol = _SCHEMES[parts.scheme]
+    protocol = _SCHEMES[scheme]
     options: dict[str, Any] = {"bootstrap_servers": servers, "security_protocol": protocol}
     if protocol.endswith("SSL"):
         options["ssl_context"] = _context(query)
@@ -46,7 +47,7 @@ def client_options(kafka: str) -> dict[str, Any]:
         mechanism = query.get("mechanism", "SCRAM-SHA-512")
         if mechanism not in MECHANISMS or not user or not password:
             raise ValueError(
-                f"Kafka's address: {parts.scheme} needs user:password@ and a mechanism of {', '.join(MECHANISMS)}"
+                f"Kafka's address: {scheme} needs user:password@ and a mechanism of {', '.join(MECHANISMS)}"
             )
         options |= {
             "sasl_mechanism": mechanism, "sasl_plain_username": unquote(user), "sasl_plain_password": unquote(password),
@@ -74,9 +75,4 @@ def servers(kafka: str) -> list[tuple[str, int]]:
 
 def shown(address: str) -> str:
     """Return an address of Kafka or Redis with its password masked."""
-    if "://" not in address or "@" not in address:
-        return address
-    parts = urlsplit(address)
-    login, _, rest = parts.netloc.rpartition("@")
-    name = login.partition(":")[0] + (f":{_MASK}" if ":" in login else "")
-    return urlunsplit(parts._replace(netloc=f"{name}@{rest}"))
+    return re.sub(r"(://[^:/@]*:)\S*@", rf"\g<1>{_MASK}@", address)
