@@ -184,21 +184,27 @@ class Ends:
     """Asks for the ends of partitions, over a connection of its own that stays."""
 
     def __init__(self, bootstrap: str) -> None:
-        self._consumer = AIOKafkaConsumer(**client_options(bootstrap), request_timeout_ms=5000)
-        self._started = False
+        self._bootstrap = bootstrap
+        self._consumer: AIOKafkaConsumer | None = None
 
     async def __call__(self, places: Iterable[tuple[str, int]]) -> dict[Any, int]:
         """Return the end of each (topic, partition); raises LogError where the broker does not answer within 5 s."""
-        if not self._started:
-            await self._consumer.start()
-            self._started = True
-        wanted = {TopicPartition(*place): place for place in places}
-        found = await self._consumer.end_offsets(list(wanted)) if wanted else {}
+        try:
+            if self._consumer is None:
+                self._consumer = AIOKafkaConsumer(**client_options(self._bootstrap), request_timeout_ms=5000)
+                await self._consumer.start()
+            wanted = {TopicPartition(*place): place for place in places}
+            found = await self._consumer.end_offsets(list(wanted)) if wanted else {}
+        except LogError:
+            await self.stop()  # a connection that is open on this side only would be asked again for ever
+            raise
         return {wanted[place]: end for place, end in found.items()}
 
     async def stop(self) -> None:
         """Disconnect."""
-        await self._consumer.stop()
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await consumer.stop()
 
 
 async def topic_end(bootstrap: str, topic: str) -> int:
@@ -339,7 +345,7 @@ class Log:
             if len(pairs) == 1:
                 key, value = pairs[0]
                 future = await self._producer.send(topic, value=value, key=key, partition=partition)
-                futures.append(asyncio.ensure_future(_counted(future, 1)))
+                futures.append(_counting(future, 1))
                 continue
             futures += await self._send_batches(topic, partition, pairs)
         return futures
@@ -360,8 +366,15 @@ class Log:
                 future, at, count = await producer.send(topic, value=value, key=key, partition=partition), at + 1, 1
             else:
                 future = await producer.send_batch(batch, topic, partition=partition)
-            futures.append(asyncio.ensure_future(_counted(future, count)))
+            futures.append(_counting(future, count))
         return futures
+
+
+def _counting(future: asyncio.Future[Any], count: int) -> asyncio.Future[tuple[Any, int]]:
+    """Return the acknowledgement with its count; one that nobody waits for any more may fail in peace."""
+    task = asyncio.ensure_future(_counted(future, count))
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 async def _counted(future: asyncio.Future[Any], count: int) -> tuple[Any, int]:

@@ -282,3 +282,19 @@ async def test_what_was_read_before_the_first_commit_is_read_again_after_a_rebal
 
 async def _is(value: bool) -> bool:
     return value
+
+
+async def test_who_asks_for_ends_gets_over_a_connection_that_never_answers(kafka: str, topics: Any) -> None:
+    """It went on asking over the dead connection, so that the watchdog took the broker for away."""
+    made, ends = await topics(1), Ends(kafka)
+    place = TopicPartition(made.examples, 0)
+    assert await ends([place]) == {place: 0}
+    assert ends._consumer is not None
+    for connection in ends._consumer._client._conns.values():
+        connection._reader._transport.pause_reading()
+    try:
+        with pytest.raises(LogError):
+            await ends([place])
+        assert await ends([place]) == {place: 0}
+    finally:
+        await ends.stop()
