@@ -52,6 +52,7 @@ def _quiet() -> Any:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_bad_inputs_and_no_crash(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

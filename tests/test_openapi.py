@@ -57,6 +57,7 @@ async def _made(topics: Make) -> None:
     await topics(2)
 
 
+@pytest.mark.slow
 def test_the_document_is_what_the_application_does(served: str, tmp_path: Path) -> None:
     """Every operation with input that fits the document and input that does not; every check of schemathesis."""
     words = [
