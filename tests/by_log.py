@@ -16,7 +16,7 @@ from models.item_fold import ItemFold
 from models.rows import BEHAVIOUR
 from streaming.events import Click, Event, encode
 from streaming.item_agent import ItemAgent
-from streaming.learn import UserFold, decode_part, rounds, users_of
+from streaming.learn import Part, UserFold, decode_part, rounds, users_of
 from streaming.recovery.cuts import ends, read_span, topics_of
 from streaming.state import ItemStore, Keys, ModelStore, RedisUserStore, connect
 from streaming.topics import Log, epoch, partition_of
@@ -80,14 +80,17 @@ class ByLog:
         count = 0
         async for p, records in read_span(self.settings.kafka, self.topics.events, spans):
             count += len(records)
-            part = decode_part(self.topics.events, p, [(r.offset, r.timestamp, r.value) for r in records])
-            for parts in rounds([part]):
-                outcome = self._fold.fold(parts, await self.users.read(users_of(parts)))
-                made = [(0, None, entries.to_bytes()) for entries in outcome.records]
-                await self.publish(outcome.derived)
-                await self.log.append(self.topics.examples, made)
-                assert await self.users.commit(outcome.writes, self.ground) == [None]
+            for first in range(0, len(records), 40):
+                chosen = [(r.offset, r.timestamp, r.value) for r in records[first : first + 40]]
+                for parts in rounds([decode_part(self.topics.events, p, chosen)]):
+                    await self._commit(parts)
         return count
+
+    async def _commit(self, parts: list[Part]) -> None:
+        outcome = self._fold.fold(parts, await self.users.read(users_of(parts)))
+        await self.publish(outcome.derived)
+        await self.log.append(self.topics.examples, [(0, None, entries.to_bytes()) for entries in outcome.records])
+        assert await self.users.commit(outcome.writes, self.ground) == [None]
 
     async def fold_rows(self) -> None:
         """Be the item agent: fold `examples` from the beginning, commit every row."""
