@@ -77,7 +77,8 @@ def _explains_itself(error: Exception) -> bool:
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
              ("streaming.replay", "ReplayError"), ("streaming.recovery.generations", "RecoveryError"),
              ("infra.proving.bench", "BenchError"), ("infra.proving.chaos", "ChaosError"),
-             ("serving.keys", "KeysError"), ("streaming.state", "StoredBytesError"))  # fmt: skip
+             ("serving.keys", "KeysError"), ("streaming.state", "StoredBytesError"),
+             ("streaming.kafka.address", "AddressError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
     return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
 
@@ -414,6 +415,12 @@ def _process_settings(data: Path | None, **overrides: object) -> Settings:
                 EXIT_FOR_GOOD,
             )
     configure_logging(settings.log_level)
+    from streaming.kafka.address import AddressError, client_options
+
+    try:
+        client_options(settings.kafka)
+    except AddressError as error:
+        fail(str(error), EXIT_FOR_GOOD)
     return settings
 
 

@@ -15,6 +15,17 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.warmed"])
 
 
+def warm() -> None:
+    """Have the process to fork from loaded before an event loop begins: its first child waits for it."""
+    first = CONTEXT.Process(target=_nothing)
+    first.start()
+    first.join()
+
+
+def _nothing() -> None:
+    pass
+
+
 def _run(role: str, settings: Settings, log: Path) -> None:
     from streaming import trainer, worker
 

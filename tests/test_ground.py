@@ -18,7 +18,13 @@ from infra.telemetry import EXIT_FOR_GOOD
 from streaming.events import Click, encode
 from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, UserWrite, connect
 from streaming.topics import Log, Topics, create_topics, describe, end_offsets, epoch, partition_of
-from tests.forked import Roles
+from tests.forked import Roles, warm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks() -> None:
+    """The process to fork from, before any event loop."""
+    warm()
 
 
 @dataclass

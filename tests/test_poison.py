@@ -24,10 +24,16 @@ from streaming.state import Keys, Redis, RedisUserStore, connect, read_user
 from streaming.supervision import Progress
 from streaming.topics import Log, Topics, end_offsets, epoch, partition_of, read_topic
 from streaming.users.memory import MemoryUserStore
-from tests.forked import Roles
+from tests.forked import Roles, warm
 
 POISON, PARTITIONS = "u3", 2
 USERS = [f"u{i}" for i in range(8)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks() -> None:
+    """The process to fork from, before any event loop."""
+    warm()
 
 
 class World:

@@ -21,14 +21,18 @@ _SCHEMES = {"ssl": "SSL", "sasl_ssl": "SASL_SSL", "sasl_plaintext": "SASL_PLAINT
 _MASK = "********"
 
 
+class AddressError(ValueError):
+    """An address of Kafka that cannot be used; the message never holds a password."""
+
+
 def client_options(kafka: str) -> dict[str, Any]:
     """Return what every aiokafka client takes: servers, protocol, TLS context, credentials.
 
-    Raises ValueError naming what cannot be used; the message never holds a password.
+    Raises AddressError naming what cannot be used.
     """
     if "://" not in kafka:
         if not _SERVERS.fullmatch(kafka):
-            raise ValueError(f"Kafka's address: expected {FORMS}")
+            raise AddressError(f"Kafka's address: expected {FORMS}")
         return {"bootstrap_servers": kafka}
     scheme, _, rest = kafka.partition("://")
     parts = urlsplit(f"kafka://{rest}")  # a scheme with an underscore is none to urlsplit
@@ -36,9 +40,11 @@ def client_options(kafka: str) -> dict[str, Any]:
     user, _, password = login.partition(":")
     query = dict(parse_qsl(parts.query))
     if scheme not in _SCHEMES or not _SERVERS.fullmatch(servers) or parts.path not in ("", "/"):
-        raise ValueError(f"Kafka's address: expected {FORMS}, got {shown(kafka)}")
+        raise AddressError(f"Kafka's address: expected {FORMS}, got {shown(kafka)}")
     if unknown := query.keys() - {"ca", "cert", "key", "mechanism"}:
-        raise ValueError(f"Kafka's address: expected ca, cert, key or mechanism after the ?, got {', '.join(unknown)}")
+        raise AddressError(
+            f"Kafka's address: expected ca, cert, key or mechanism after the ?, got {', '.join(unknown)}"
+        )
     protocol = _SCHEMES[scheme]
     options: dict[str, Any] = {"bootstrap_servers": servers, "security_protocol": protocol}
     if protocol.endswith("SSL"):
@@ -46,7 +52,7 @@ def client_options(kafka: str) -> dict[str, Any]:
     if protocol.startswith("SASL"):
         mechanism = query.get("mechanism", "SCRAM-SHA-512")
         if mechanism not in MECHANISMS or not user or not password:
-            raise ValueError(
+            raise AddressError(
                 f"Kafka's address: {scheme} needs user:password@ and a mechanism of {', '.join(MECHANISMS)}"
             )
         options |= {
@@ -62,7 +68,7 @@ def _context(query: dict[str, str]) -> ssl.SSLContext:
             context.load_cert_chain(query["cert"], query.get("key"))
     except (OSError, ssl.SSLError) as error:
         files = ", ".join(f"{name}={query[name]}" for name in ("ca", "cert", "key") if name in query)
-        raise ValueError(f"Kafka's address: expected readable PEM files, got {files} ({error})") from error
+        raise AddressError(f"Kafka's address: expected readable PEM files, got {files} ({error})") from error
     return context
 
 
