@@ -402,6 +402,7 @@ def serve(
 def _process_settings(data: Path | None, **overrides: object) -> Settings:
     """Settings of one process of a deployment; says which servers are missing."""
     from infra.telemetry import EXIT_FOR_GOOD, configure_logging
+    from streaming.kafka.address import AddressError, client_options
 
     try:
         settings = Settings.load(data, **overrides)  # type: ignore[arg-type]
@@ -415,8 +416,6 @@ def _process_settings(data: Path | None, **overrides: object) -> Settings:
                 EXIT_FOR_GOOD,
             )
     configure_logging(settings.log_level)
-    from streaming.kafka.address import AddressError, client_options
-
     try:
         client_options(settings.kafka)
     except AddressError as error:
