@@ -113,6 +113,7 @@ class Publisher:
         self._messages = 0
         self._drawing, self._ending, self._patience = True, False, float("inf")
         self._met: set[tuple[str, str]] = set()
+        self._open: dict[str, list[Event]] = {}
         self._log: Log | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="publisher", daemon=True)
 
@@ -142,6 +143,8 @@ class Publisher:
             for task in [*others, *self._under_way]:
                 task.cancel()
             await asyncio.gather(*others, *self._under_way, return_exceptions=True)
+            for message in self._open.values():
+                self.truth.unknown.update((event["user_id"], event["type"]) for event in message)
         if self._log is not None:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._log.stop(), 3)
@@ -152,6 +155,7 @@ class Publisher:
             size = draw.choice((1, 1, 1, 1, 1, 1, 2, 3, 5, 8, 30))
             message = [event for _ in range(size) for event in self.stream.visit()]
             self.published += len(message)
+            self._open[message[0]["event_id"]] = message
             task = asyncio.create_task(self._deliver(session, message))
             self._under_way.add(task)
             task.add_done_callback(self._under_way.discard)
@@ -168,7 +172,6 @@ class Publisher:
         try:
             while not await self._attempt(session, message, http=http):
                 if time.monotonic() > self._patience:
-                    self.truth.unknown.update((event["user_id"], event["type"]) for event in message)
                     return
                 self.sent_again += len(message)
                 await asyncio.sleep(pause * draw.uniform(0.5, 1.5))
@@ -184,6 +187,7 @@ class Publisher:
 
     def _count(self, message: list[Event]) -> None:
         self.accepted += len(message)
+        del self._open[message[0]["event_id"]]
         for event in message:
             self.truth.counts[event["user_id"], event["type"]] += 1
             if event["type"] != "view" and (pair := (event["user_id"], event["item_id"])) not in self._met:
@@ -194,8 +198,14 @@ class Publisher:
         self.requests += 1
         try:
             return await (self._post(session, message) if http else self._produce(message))
-        except (aiohttp.ClientError, LogError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, LogError, OSError, TimeoutError, RuntimeError, ValueError) as error:
             self.problems[type(error).__name__] += 1
+            return False
+        except asyncio.CancelledError:  # not ours, but of a producer that another message found broken
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            self.problems["CancelledError"] += 1
             return False
 
     async def _post(self, session: aiohttp.ClientSession, message: list[Event]) -> bool:
