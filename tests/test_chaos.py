@@ -34,7 +34,7 @@ from streaming.topics import Ends, Log, LogError
 @pytest.mark.timeout(240)
 def test_a_minute_of_chaos_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> None:
     stages: set[str] = set()
-    report = run_chaos(kills=9, seed=33, seconds=45, data=tmp_path, tell=lambda run: stages.add(run.stage))
+    report = run_chaos(kills=9, seed=33, seconds=40, data=tmp_path, tell=lambda run: stages.add(run.stage))
     assert report.held, (report.differing, report.as_dict())
     assert (report.lost, report.applied_twice, report.rows_differing, report.unknown) == (0, 0, 0, 0)
     assert report.applied == report.accepted == report.published > 3000
@@ -43,7 +43,7 @@ def test_a_minute_of_chaos_loses_nothing_and_counts_nothing_twice(tmp_path: Path
     assert len({FAULTS[kind].on for kind in report.kills}) >= 5
     assert report.unrecovered == 0
     assert report.recover_max_s is not None
-    assert report.recover_max_s < 45
+    assert report.recover_max_s < 60
     assert stages >= {"faults", "draining", "comparing"}
     assert {"chaos.log", "users-0.log", "api.log"} <= {path.name for path in (tmp_path / "logs").iterdir()}
 
