@@ -88,6 +88,8 @@ class Live:
         if delta.kind == "catalogue":
             if delta.first > self.catalogue_position:
                 raise Stale(f"item feed: expected catalogue from {self.catalogue_position} on, got {delta.first}")
+            if delta.next <= self.catalogue_position:
+                return False  # read again after a load: its values may be older than those that were loaded
             self.set_items(delta.keys, delta.values)
             self.catalogue_position = max(self.catalogue_position, delta.next)
             return True

@@ -16,7 +16,7 @@ from infra.settings import Settings
 from models.examples import accept
 from models.items import CatalogueItem, Items
 from models.rows import Rows
-from streaming.events import Event, Item, Weights, encode, item_key
+from streaming.events import Event, Item, encode, item_key
 from streaming.learn import UserFold, decode_part, users_of
 from streaming.state import Delta, ItemStore, Keys, RedisUserStore, connect
 from streaming.topics import partition_of
@@ -34,7 +34,7 @@ class Hand:
         self.items = Items(rows=Rows())
         self.marks: dict[int, int] = {}
         self.next = self.committed = self.catalogue = 0
-        self._fold = UserFold(Weights(settings.event_weights))
+        self._fold = UserFold.of(settings)
 
     async def close(self) -> None:
         """Disconnect."""
