@@ -44,7 +44,8 @@ class Roles:
     def __init__(self, settings: Settings, folder: Path, roles: Sequence[str] = ("users", "items", "learner")) -> None:
         self._logs = {role: folder / f"{role}.log" for role in roles}
         self.processes: dict[str, ForkServerProcess] = {
-            role: CONTEXT.Process(target=_run, args=(role, settings, log)) for role, log in self._logs.items()
+            role: CONTEXT.Process(target=_run, args=(role, settings, log), daemon=True)
+            for role, log in self._logs.items()
         }
         for process in self.processes.values():
             process.start()

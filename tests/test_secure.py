@@ -53,23 +53,30 @@ class TlsFront:
         assert self._ready.wait(5)
 
     def _run(self) -> None:
-        async def begin() -> None:
-            server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._context)
-            self.port = server.sockets[0].getsockname()[1]
-            self._ready.set()
-
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(begin())
-        self._loop.run_forever()
+        self._loop.run_until_complete(self._serve_until_told())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _serve_until_told(self) -> None:
+        self._over = asyncio.Event()
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._context)
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._over.wait()
+        server.close()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.sleep(0.1)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
         await asyncio.gather(_pump(reader, target_writer), _pump(target_reader, writer))
 
     def stop(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            self._loop.call_soon_threadsafe(task.cancel)
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join(5)
 
 
@@ -121,10 +128,11 @@ def test_a_whole_stack_on_tls_and_sasl(secured: tuple[str, str], tmp_path: Path)
             sent = client.post("/v1/events", json={"type": "click", "user_id": "u", "item_id": "i", "ts": time.time()})
             assert sent.status_code == 202, sent.text
             token = sent.json()["token"]
-            found = client.get("/v1/recommendations/u", params={"after": token, "wait_ms": 2000})
-            assert found.json()["applied"] is True, found.text
-            assert client.get("/v1/users/u").json()["counters"]["click"] == 1
             deadline = time.monotonic() + 20
+            asked = {"after": token, "wait_ms": 2000}
+            while not (found := client.get("/v1/recommendations/u", params=asked).json())["applied"]:
+                assert time.monotonic() < deadline, found
+            assert client.get("/v1/users/u").json()["counters"]["click"] == 1
             while client.get("/v1/recommendations/other").json()["items"] == []:
                 assert time.monotonic() < deadline, "the item agent and its feed never reached the API"
                 time.sleep(0.1)
