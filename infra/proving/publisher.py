@@ -198,7 +198,7 @@ class Publisher:
         self.requests += 1
         try:
             return await (self._post(session, message) if http else self._produce(message))
-        except (aiohttp.ClientError, LogError, OSError, TimeoutError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a client's library raises: real clients send again (told by `problems`)
             self.problems[type(error).__name__] += 1
             return False
         except asyncio.CancelledError:  # not ours, but of a producer that another message found broken
