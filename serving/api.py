@@ -17,6 +17,7 @@ from infra.telemetry import HTTP_SECONDS, Telemetry
 from serving import erasure, ingest, introspect, lookup
 from serving.doors import Door, Handler, docs_page
 from serving.erasure import Receipt
+from serving.ingest import ItemBody, ItemEntry
 from serving.messages import (
     Accepted,
     ItemsAnswer,
@@ -29,7 +30,7 @@ from serving.messages import (
     problem_response,
 )  # fmt: skip
 from serving.parts import Parts
-from streaming.events import Item, Posted
+from streaming.events import Posted
 
 PartsHandler = Callable[[Parts, Request], Awaitable[Response]]
 
@@ -73,12 +74,12 @@ def _v1(parts: Parts) -> list[Door]:
              query=SimilarQuery, answer=ItemsAnswer, problems=(404, 422)),
         door("GET", "/v1/popular", lookup.popular_items, "What is popular now", "recommendations", query=PopularQuery,
              answer=ItemsAnswer, problems=(422,)),
-        door("POST", "/v1/items", ingest.post_items, "Upsert or delete items", "items", body=Item | list[Item],
-             answer=Accepted, status=202, problems=(408, 413, 422, 503)),
+        door("POST", "/v1/items", ingest.post_items, "Upsert or delete items", "items",
+             body=ItemEntry | list[ItemEntry], answer=Accepted, status=202, problems=(408, 413, 422, 503)),
         door("GET", item, introspect.get_item, "What is known of an item", "items", answer=dict[str, Any],
              problems=(404,)),
-        door("PUT", item, ingest.put_item, "Upsert an item, whole", "items", body=Item, answer=StoredAnswer, status=202,
-             problems=(408, 413, 422, 503), notes="`item_id` may be left out of the body."),
+        door("PUT", item, ingest.put_item, "Upsert an item, whole", "items", body=ItemBody, answer=StoredAnswer,
+             status=202, problems=(408, 413, 422, 503), notes="`item_id` may be left out of the body."),
         door("DELETE", item, ingest.delete_item, "Delete an item", "items", answer=StoredAnswer, status=202,
              problems=(422, 503), notes="It leaves every slate within a second; a later PUT brings it back."),
         door("GET", "/v1/users/{user_id:path}", introspect.get_user, "What is known of a user", "users",

@@ -9,7 +9,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from msgspec import UNSET
@@ -159,6 +159,18 @@ def read_item(value: msgspec.Raw, now: float) -> events.Item:
     if item.ts is None:
         item.ts = now
     return item
+
+
+class ItemEntry(events.Item, kw_only=True, tag=False):
+    """What POST /v1/items takes, as OpenAPI describes it: nothing else can be meant, so `type` may be left out."""
+
+    type: Literal["item"] = "item"
+
+
+class ItemBody(ItemEntry, kw_only=True):
+    """What PUT takes: `item_id` may be left out too, for the path has it."""
+
+    item_id: events.Id = msgspec.field(default_factory=str)
 
 
 def _named(body: bytes, item_id: str) -> msgspec.Raw:
