@@ -156,7 +156,8 @@ class KeyRing:
             self._admin = Key("admin_key", hashed(self.admin_key), ("admin",))
         self.admin_key = ""  # from here on there is its hash alone
         if self.must_exist or self.path.exists():
-            self.keys, self.found, self._seen = read_keys(self.path), True, self._stat()
+            self._seen = self._stat()  # before it is read: a change meanwhile is then seen
+            self.keys, self.found = read_keys(self.path), True
 
     def _stat(self) -> tuple[int, ...]:
         try:
@@ -180,6 +181,7 @@ class KeyRing:
         try:
             self.keys, self.found, self.problem = read_keys(self.path), True, ""
         except KeysError as error:
+            self.found = True  # a file that is there and cannot be read opens nothing, also where it is the first
             self.problem = f"{error}; the {len(self.keys)} keys read before stay"
             log.error("keys: %s", self.problem)
         else:

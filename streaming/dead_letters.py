@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from infra.settings import Settings
-from streaming.events import Event, EventError, Merge, decode, encode, parse_inlet, subject
+from streaming.events import Event, EventError, decode, encode, parse_inlet, subject
 from streaming.learn import Dead
 from streaming.topics import INLETS, Log, Record, Topics, partition_of, read_topic, topic_end
 
@@ -88,10 +88,7 @@ class Letter(msgspec.Struct):
             return parse_inlet(inlet, self.original, (inlet, self.partition, self.offset))
         if self.topic != topics.events:
             raise EventError("$", f"a record of {topics.events} or of an inlet", f"one of {self.topic}")
-        event = decode(self.original)
-        if isinstance(event, Merge):
-            raise EventError("$", "an event of a client", "what an alias moved: publish the alias again")
-        return event
+        return decode(self.original)
 
 
 class Intent(msgspec.Struct, tag="intent"):

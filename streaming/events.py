@@ -115,6 +115,7 @@ class Erase(Common, tag="erase", kw_only=True):
 class Merge(Common, tag="merge", kw_only=True):
     """What an alias moved to `user_id`; only the user agent writes it, `source` is ("alias", partition, offset).
 
+    One that was dead-lettered and is replayed has the number of the replay as its source instead.
     entries: (item hash, effective time s, kind with voice bit, weight), oldest first; seen: u32 little endian;
     counters in the order of models.profile.COUNTERS; first and last effective time, s.
     """
@@ -294,8 +295,8 @@ def check(event: Event) -> None:
 
 def _check_merge(event: Merge) -> None:
     """Hold what a profile can take: no bytes of another writer may break the fold of a partition."""
-    if event.source is None or event.source[0] != "alias":
-        raise EventError("$.source", "the position of an alias", str(event.source))
+    if event.source is None or event.source[0] not in ("alias", "dead-letters"):
+        raise EventError("$.source", "the position of an alias, or the number of a replay", str(event.source))
     if len(event.seen) % 4 or len(event.seen) > 4 * SEEN:
         raise EventError("$.seen", f"at most {SEEN} hashes of 4 bytes", f"{len(event.seen)} bytes")
     for i, (item, time, kind, weight) in enumerate(event.entries):

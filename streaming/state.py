@@ -6,8 +6,9 @@ Values are bytes that the codecs in models/ wrote; this module moves them, atomi
 
 | key | value | writer |
 |---|---|---|
-| `fr:generation` | the generation that is served; switch-over moves it | rebuild |
-| `fr@1:{u<p>}:profile:<user>` | packed profile (models/profile.py) | user agent of p |
+| `fr:generation` | the generation that is served; switch-over moves it | rebuild, generation |
+| `fr:generations` | hash: number -> how it was made, whether it is whole (streaming/recovery) | rebuild, generation |
+| `fr@1:{u<p>}:profile:<user>` | packed profile (models/profile/) | user agent of p |
 | `fr@1:{u<p>}:seen:<user>` | at most 4,096 low 32-bit item hashes | user agent of p |
 | `fr@1:{u<p>}:embedding:<user>` | model step i64, 2 x 64 float16: a cache | user agent of p |
 | `fr@1:{u<p>}:applied` | hash: next offset, inlet and alias marks, cluster, partitions | user agent of p |
@@ -394,10 +395,6 @@ class RowStore:
         fault = Fault(following, old.count + 1 if old is not None else 1, text)
         await self.client.hset(self.faults_key, str(first), msgspec.msgpack.encode(fault))
         return fault.count
-
-    async def acquit(self, first: int) -> None:
-        """Forget a fault: what it was laid to is narrower."""
-        await self.client.hdel(self.faults_key, str(first))
 
     def row_key(self, key: int) -> str:
         """Return the Redis key that holds the row of an item hash, for messages."""

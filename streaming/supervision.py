@@ -32,11 +32,11 @@ TRIES: Final = 3
 """So often a fold may raise before the event or record that makes it raise is set aside."""
 STALLED_S: Final = 15.0
 """A topic with records waiting whose partitions all made no progress for so long is stuck, s."""
+TURN_S: Final = 120.0
+"""The same for one partition while others go on: a backlog is folded one partition after the other, s."""
 HUNG_S: Final = 20.0
 """An event loop that did not turn for so long hangs, s."""
 LOOK_EVERY_S: Final = 2.0
-TURN_S: Final = 120.0
-"""The same for one partition while others go on: a backlog is folded one partition after the other, s."""
 
 
 def last_lines(error: BaseException, limit: int = 8) -> str:

@@ -117,6 +117,9 @@ async def test_the_file_is_read_again_when_it_changes_and_never_fails_open(tmp_p
             return (await client.get("/v1/popular", headers=bearer(key))).status_code
 
         assert await status("none is needed yet") == 200
+        path.write_text("{")
+        assert await status("none that can be read") == 401
+        path.unlink()
         first = add_key(path, "first", ["read"])
         assert [await status(first), await status("x")] == [200, 401]
         second = add_key(path, "second", ["read"])

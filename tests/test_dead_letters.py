@@ -6,13 +6,16 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
 from typer.testing import CliRunner
 
 from infra.cli import app
 from infra.settings import Settings
+from models.profile import Moved, Profiles
 from streaming.agents import InletAgent
 from streaming.consumer import TP
 from streaming.dead_letters import DeadLetters, Letter, letters
+from streaming.events import decode, encode, merge
 from streaming.learn import Dead
 from streaming.supervision import Progress
 from streaming.topics import Log, Topics
@@ -50,6 +53,20 @@ def test_originals_are_shown_as_a_person_can_read_them() -> None:
     assert text(b'{"a":1}') == '{"a":1}'
     assert text(b"\x81\xa1a\xcb@\x00\x00\x00\x00\x00\x00\x00") == '{"a":2.0}'
     assert text(b"\xc1\xff") == "c1 ff"
+
+
+def test_what_an_alias_moved_is_replayed_as_any_event() -> None:
+    """The alias ended the anonymous profile: publishing it again would bring nothing back."""
+    nothing = Profiles([None], [None])
+    moved = Moved(
+        items=np.array([7], np.uint64), times=np.array([5.0]), weights=np.ones(1, np.float32),
+        kinds=np.ones(1, np.uint8), seen=np.array([7], np.uint32), counters=nothing.counters[0], first_time=5.0,
+        last_time=5.0,
+    )  # fmt: skip
+    topics = Topics("fr")
+    event = Letter(topics.events, 0, 3, "r", encode(merge("ann", 6.0, (1, 2), moved)), 0.0).event(topics)
+    event.source = ("dead-letters", 0, 9)
+    assert decode(encode(event)) == event
 
 
 def test_the_verbs_list_and_show(

@@ -44,7 +44,7 @@ def chaos(
     published, and every byte of every profile and item row with an uninterrupted fold of the same log.
 
       freshet chaos                              20 faults, about three minutes
-      freshet chaos --kills 100 --seed 7 --json  about twelve minutes; exit 1 unless all held
+      freshet chaos --kills 100 --seed 7 --json  about thirteen minutes; exit 1 unless all held
       freshet chaos --data broken && freshet rebuild --verify --data broken
 
     lost            accepted events that no count shows

@@ -41,8 +41,6 @@ SLATE_ITEMS: Final = 24
 SEEN: Final = 4096
 WINDOW_S: Final = 24 * 3600
 """Record time after which an event id or a slate is forgotten, s."""
-VOICE_S: Final = 3600.0
-"""Event time within which a user has one voice for an item (DESIGN section 3, rule 13), s."""
 HEADER_BYTES: Final = {1: 56, 2: 64}
 """Bytes before the sequence, by version."""
 FUTURE: Final = 16

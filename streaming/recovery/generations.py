@@ -29,7 +29,8 @@ class RecoveryError(RuntimeError):
 class About(msgspec.Struct, omit_defaults=True):
     """What the hash says of a generation; times in seconds since the epoch.
 
-    `made` how ("log", "snapshot NAME"), `ready` whether it was built to its end, `until` where it was folded to a time.
+    `made` of what ("the logs", "snapshot NAME and the logs since"), `ready` whether it was built to its end, `until`
+    where it was folded to a time.
     """
 
     made: str = "events as they came"
