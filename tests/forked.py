@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -26,12 +26,14 @@ def _nothing() -> None:
     pass
 
 
-def _run(role: str, settings: Settings, log: Path) -> None:
+def _run(role: str, settings: Settings, log: Path, prepare: Callable[[], None] | None = None) -> None:
     from streaming import trainer, worker
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if prepare is not None:
+        prepare()
     if role == "learner":
         trainer.run(settings)
     else:
@@ -39,12 +41,18 @@ def _run(role: str, settings: Settings, log: Path) -> None:
 
 
 class Roles:
-    """Processes "users", "items", "learner" with a log file each; ended by `stop`."""
+    """Processes "users", "items", "learner" with a log file each; ended by `stop`.
 
-    def __init__(self, settings: Settings, folder: Path, roles: Sequence[str] = ("users", "items", "learner")) -> None:
+    Each calls `prepare` before it begins: where a test breaks what runs there.
+    """
+
+    def __init__(
+        self, settings: Settings, folder: Path, roles: Sequence[str] = ("users", "items", "learner"),
+        prepare: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         self._logs = {role: folder / f"{role}.log" for role in roles}
         self.processes: dict[str, ForkServerProcess] = {
-            role: CONTEXT.Process(target=_run, args=(role, settings, log), daemon=True)
+            role: CONTEXT.Process(target=_run, args=(role, settings, log, prepare), daemon=True)
             for role, log in self._logs.items()
         }
         for process in self.processes.values():

@@ -1,6 +1,7 @@
 """What can stand still is provoked with the real broker and real workers; each is recovered from in under 30 s.
 
-All at once, in namespaces of their own: most of the time is waiting for a session or a watchdog.
+A worker that ends with 70 is started again, as `freshet up` does; every click is folded in the end, and once.
+`pytest -s` prints the seconds of each case; `OUTAGE_S=30` takes the broker away for that long.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.protocol.group import LeaveGroupRequest
 
@@ -23,14 +26,18 @@ from infra.kafka import Broker
 from infra.settings import Settings
 from infra.telemetry import EXIT_AGAIN
 from models.profile import unpack
-from streaming.agents import attach, topics_of
-from streaming.consumer import REBALANCE_S, TP, Bounds, Member, create_app
+from streaming import consumer
+from streaming.agents import topics_of
+from streaming.consumer import TP
 from streaming.events import Click, encode
 from streaming.state import Keys, RedisUserStore, connect, read_user
-from streaming.supervision import STALLED_S, Progress, Watchdog
-from streaming.topics import Ends, Log, create_topics, partition_of
+from streaming.supervision import STALLED_S
+from streaming.topics import Log, create_topics, partition_of
 from tests.forked import Roles, warm
 
+HANGS = "a rebalance hangs"
+Fault = Callable[[Any], None]
+Start = Callable[..., AbstractAsyncContextManager["Workers"]]
 PARTITIONS, USERS, WITHIN_S = 2, [f"u{i}" for i in range(12)], 30.0
 
 
@@ -40,229 +47,258 @@ def forks() -> None:
     warm()
 
 
-class Fleet:
-    """Workers of one namespace, started again where they end with 70 as a supervisor does; counts what it published."""
+# -- faults inside a worker's process --------------------------------------------------------------------------------
 
-    def __init__(self, kafka: str, redis_url: str, namespace: str, path: Path, workers: int = 1) -> None:
-        self.settings = Settings.load(
-            path, env={}, kafka=kafka, redis=redis_url, namespace=namespace, partitions=PARTITIONS, port=0
-        )
-        self.topics, self.path, self.workers = topics_of(self.settings), path / namespace, workers
+
+def nobody_fetches_a_partition(app: Any) -> None:
+    """As a fetcher that lost track of one: the other partitions go on."""
+    app.consumer.pause_partitions({TP(app.conf.id.removesuffix("-users") + ".events", 0)})
+
+
+def the_agent_ends(app: Any) -> None:
+    """As when an agent's stream ends and its task with it: Faust looks after agents that raise only."""
+    for name, agent in app.agents.items():
+        if name.endswith(".events"):
+            for actor in agent._actors:
+                actor.stream.channel._throw(StopAsyncIteration())
+
+
+def its_rebalances_hang(app: Any) -> None:
+    """It goes on with its heartbeats, and never joins the group's next generation."""
+
+    async def hang(revoked: Any) -> None:
+        print(HANGS, flush=True)
+        await asyncio.Event().wait()
+
+    app.consumer._on_partitions_revoked = hang
+
+
+def arm(fault: Fault, asked: Path) -> None:
+    """Have the worker of this process broken by `fault` when the file `asked` is there; the next one is whole."""
+    create = consumer.create_app
+
+    def wait(app: Any, loop: asyncio.AbstractEventLoop) -> None:
+        while not asked.exists():
+            time.sleep(0.05)
+        asked.unlink()
+        loop.call_soon_threadsafe(fault, app)
+
+    def create_broken(*args: Any, **kwargs: Any) -> Any:
+        app = create(*args, **kwargs)
+        threading.Thread(target=wait, args=(app, asyncio.get_running_loop()), daemon=True).start()
+        return app
+
+    consumer.create_app = create_broken
+
+
+# -- workers and what they have folded -------------------------------------------------------------------------------
+
+
+class Workers:
+    """Workers of one namespace, one a slot; knows how many clicks of each user were published."""
+
+    def __init__(self, settings: Settings, path: Path) -> None:
+        self.settings, self.topics, self.path = settings, topics_of(settings), path
+        self.group = f"{settings.namespace}-users"
+        self.asked = path / "asked"
         self.slots: dict[int, Roles] = {}
-        self.ended: list[int | None] = []
+        self.ended: list[str] = []
         self.sent = 0
+        self.log, self.client = Log(settings.kafka), connect(settings.redis)
 
-    async def __aenter__(self) -> Fleet:
-        self.path.mkdir()
-        await create_topics(self.settings.kafka, self.topics)
-        self.log, self.client = Log(self.settings.kafka), connect(self.settings.redis)
-        await self.log.start()
-        for slot in range(self.workers):
-            self.start(slot)
-        self._supervisor = asyncio.create_task(self._supervise())
-        await self.folds()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._supervisor.cancel()
-        for roles in self.slots.values():
-            roles.stop()
-        await self.log.stop()
-        await self.client.aclose()
-
-    def start(self, slot: int) -> None:
-        folder = self.path / str(slot)
+    def start(self, slot: int, fault: Fault | None = None) -> None:
+        """Start a worker, one with a fault to come where one is given."""
+        folder = self.path / f"{slot}-{len(self.ended)}"
         folder.mkdir(exist_ok=True)
-        self.slots[slot] = Roles(replace(self.settings, worker_slot=slot), folder, ["users"])
+        prepare = partial(arm, fault, self.asked) if fault else None
+        self.slots[slot] = Roles(replace(self.settings, worker_slot=slot), folder, ["users"], prepare)
 
     def pid(self, slot: int) -> int:
+        """The process id of a slot's worker."""
         pid = self.slots[slot].processes["users"].pid
         assert pid is not None
         return pid
 
-    async def _supervise(self) -> None:
-        while True:
-            await asyncio.sleep(0.2)
-            for slot, roles in self.slots.items():
-                code = roles.processes["users"].exitcode
-                if code is not None:
-                    self.ended.append(code)
-                    assert code == EXIT_AGAIN, roles.text("users")
-                    self.start(slot)
+    def supervise(self) -> None:
+        """Start again what ended with 70; nothing may end with another status."""
+        for slot, roles in list(self.slots.items()):
+            code = roles.processes["users"].exitcode
+            if code is not None:
+                self.ended.append(roles.text("users"))
+                assert code == EXIT_AGAIN, roles.text("users")
+                self.start(slot)
 
-    async def click(self) -> None:
-        """A click of each user: both partitions get some."""
+    async def folds(self) -> float:
+        """Publish a click of each user and wait until all ever published are folded, and once only; seconds it took."""
+        began = time.monotonic()
         self.sent += 1
         events = [Click(user_id=u, item_id=f"i{self.sent}", ts=time.time(), event_id=f"{self.sent}") for u in USERS]
         await self.log.append(
             self.topics.events, [(partition_of(e.user_id, PARTITIONS), e.user_id.encode(), encode(e)) for e in events]
         )
-
-    async def folds(self) -> float:
-        """Publish, wait until every click ever published is folded, and once only; return the seconds it took."""
-        began = time.monotonic()
-        await self.click()
-        store = RedisUserStore(self.client, Keys(self.settings.namespace))
-        while True:
-            reads = [await read_user(store, partition_of(u, PARTITIONS), u) for u in USERS]
-            counts = {unpack(r.profiles[0], r.seen[0]).counters["click"] if r.profiles[0] else 0 for r in reads}
-            if counts == {self.sent}:
-                return time.monotonic() - began
+        while (counts := set(await self.counts())) != {self.sent}:
             assert max(counts) <= self.sent, "an event was counted twice"
-            texts = {slot: roles.text("users")[-600:] for slot, roles in self.slots.items()}
-            assert time.monotonic() - began < WITHIN_S + 10, (self.settings.namespace, counts, self.sent, texts)
+            texts = [roles.text("users")[-1500:] for roles in self.slots.values()]
+            assert time.monotonic() - began < WITHIN_S, (counts, self.sent, self.ended, texts)
+            self.supervise()
             await asyncio.sleep(0.1)
+        return time.monotonic() - began
 
+    async def keeps_folding(self, seconds: float) -> float:
+        """Publish again and again for so long: what was lost is not noticed at once; the longest it took, s."""
+        until, longest = time.monotonic() + seconds, 0.0
+        while time.monotonic() < until:
+            longest = max(longest, await self.folds())
+            await asyncio.sleep(0.2)
+        return longest
 
-async def a_worker_is_stopped_longer_than_its_session(fleet: Fleet) -> float:
-    """The other takes its partitions; when it goes on it finds its place again."""
-    os.kill(fleet.pid(0), signal.SIGSTOP)
-    took = await fleet.folds()
-    os.kill(fleet.pid(0), signal.SIGCONT)
-    return max(took, await fleet.folds())
-
-
-async def a_member_is_thrown_out_of_its_group(fleet: Fleet) -> float:
-    admin = AIOKafkaAdminClient(bootstrap_servers=fleet.settings.kafka)
-    await admin.start()
-    group = f"{fleet.settings.namespace}-users"
-    node = await admin.find_coordinator(group)
-    (described,) = await admin.describe_consumer_groups([group])
-    ((_, _, _, _, _, members, *_),) = described.groups
-    answer = await admin._send_request(LeaveGroupRequest(group, members[0][0]), node)
-    assert answer.error_code == 0
-    await admin.close()
-    return await fleet.folds()
-
-
-class _Hangs(ConsumerRebalanceListener):  # type: ignore[misc]
-    """A callback that does not return until the test is over."""
-
-    def __init__(self) -> None:
-        self.over = asyncio.Event()
-
-    async def on_partitions_revoked(self, revoked: Any) -> None:
-        if revoked:
-            await self.over.wait()
-
-    async def on_partitions_assigned(self, assigned: Any) -> None:
-        pass
-
-
-async def a_member_joins_and_hangs_while_another_joins(fleet: Fleet) -> float:
-    """It sends heartbeats, holds partitions and does not rejoin: the group waits for it, but not for ever."""
-    from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
-
-    hung = AIOKafkaConsumer(
-        bootstrap_servers=fleet.settings.kafka, group_id=f"{fleet.settings.namespace}-users", session_timeout_ms=6000,
-        heartbeat_interval_ms=1000, rebalance_timeout_ms=REBALANCE_S * 1000, enable_auto_commit=False,
-        partition_assignment_strategy=[RoundRobinPartitionAssignor],
-    )  # fmt: skip
-    listener = _Hangs()
-    hung.subscribe([fleet.topics.events], listener=listener)
-    await hung.start()
-    while not hung.assignment():
-        await asyncio.sleep(0.05)
-    fleet.start(1)
-    try:
-        return await fleet.folds()
-    finally:
-        listener.over.set()
-        await hung.stop()
-
-
-async def a_dead_agent_and_a_partition_nobody_fetches(fleet: Fleet) -> float:
-    """An app of the worker's kind in this process; its watchdog names what a new process mends in two seconds."""
-    topic, progress, seen = fleet.topics.events, Progress(), list[TP]()
-
-    async def seek(assigned: Bounds, committed: dict[TP, int]) -> dict[TP, int]:
-        progress.assign(assigned)
-        for tp, (_, end) in assigned.items():
-            progress.seek(tp, end)
-        return {tp: end for tp, (_, end) in assigned.items()}
-
-    async def run(batches: Any) -> None:
-        async for batch in batches:
-            for tp, records in batch.items():
-                progress.move(tp, records[-1][0] + 1)
-                seen.append(tp)
-
-    app = create_app(
-        f"{fleet.settings.namespace}-other", kafka=fleet.settings.kafka, form="chunks", instance="other-0", seek=seek,
-        on_crash=lambda name, error: None,
-    )  # fmt: skip
-    attach(app, topic, run)
-    app.finalize()
-    await app.start()
-    ends = Ends(fleet.settings.kafka)
-    watchdog = Watchdog(Member(app), progress, ends, fleet.client.ping)
-    try:
-        while len(progress.next) < PARTITIONS:
+    async def breaks(self) -> None:
+        """Ask for the fault that a worker was started with."""
+        self.asked.touch()
+        while self.asked.exists():
             await asyncio.sleep(0.05)
-        assert await watchdog.wrong() == ""
-        app.consumer._thread._consumer._subscription.pause(TopicPartition(topic, 0))
-        await fleet.click()
-        began = time.monotonic()
-        while not (reason := await watchdog.wrong()):
-            assert time.monotonic() - began < WITHIN_S, seen
-            await asyncio.sleep(1.0)
-        assert reason.startswith(f"{topic}[0]: no progress at"), reason
-        took = time.monotonic() - began
-        assert took >= STALLED_S - 2
-        (agent,) = app.agents.values()
-        (actor,) = agent._actors
-        actor.actor_task.cancel()
-        await asyncio.sleep(0.1)
-        await watchdog.wrong()
-        await asyncio.sleep(2.1)
-        assert await watchdog.wrong() == f"no task runs the agent of {topic}"
-        return took
+        await asyncio.sleep(0.5)
+
+    def said(self, text: str) -> bool:
+        """Whether a worker that has ended said this."""
+        return any(text in last for last in self.ended)
+
+    async def counts(self) -> list[int]:
+        """The clicks folded of each user."""
+        store = RedisUserStore(self.client, Keys(self.settings.namespace))
+        reads = [await read_user(store, partition_of(user, PARTITIONS), user) for user in USERS]
+        return [unpack(r.profiles[0], r.seen[0]).counters["click"] if r.profiles[0] else 0 for r in reads]
+
+
+def settings_of(kafka: str, redis_url: str, namespace: str, path: Path) -> Settings:
+    """The settings of one namespace."""
+    return Settings.load(path, env={}, kafka=kafka, redis=redis_url, namespace=namespace, partitions=PARTITIONS, port=0)
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings, path: Path, workers: int = 1, fault: Fault | None = None
+) -> AsyncIterator[Workers]:
+    """Workers that have folded a first click of each user, each with a fault to come where one is given."""
+    path.mkdir()
+    made = Workers(settings, path)
+    await create_topics(settings.kafka, made.topics)
+    await made.log.start()
+    try:
+        for slot in range(workers):
+            made.start(slot, fault)
+        await made.folds()
+        yield made
     finally:
-        await ends.stop()
-        await app.stop()
+        for roles in made.slots.values():
+            roles.stop()
+        await made.log.stop()
+        await made.client.aclose()
 
 
-@pytest.mark.skip(reason="written, never seen to pass: run it alone on a quiet machine first")
-@pytest.mark.slow
+# -- the cases: each returns the seconds it took until all was folded ------------------------------------------------
+
+
+async def stalled_partition(start: Start) -> float:
+    async with start(fault=nobody_fetches_a_partition) as workers:
+        await workers.breaks()
+        took = await workers.folds()
+        assert workers.said(f"{workers.topics.events}[0]: no progress at")
+        assert took > STALLED_S - 2
+        return took
+
+
+async def dead_agent(start: Start) -> float:
+    async with start(fault=the_agent_ends) as workers:
+        await workers.breaks()
+        took = await workers.folds()
+        assert workers.said(f"no task runs the agent of {workers.topics.events}")
+        return took
+
+
+async def stopped_worker(start: Start) -> float:
+    """Longer than its session: the other takes its partition; when it goes on it finds its place again."""
+    async with start(workers=2) as workers:
+        os.kill(workers.pid(0), signal.SIGSTOP)
+        took = await workers.folds()
+        os.kill(workers.pid(0), signal.SIGCONT)
+        return max(took, await workers.keeps_folding(3.0))
+
+
+async def lost_assignment(start: Start) -> float:
+    """The group throws its only member out; it hears of that with a heartbeat, and joins again."""
+    async with start() as workers:
+        admin, group = AIOKafkaAdminClient(bootstrap_servers=workers.settings.kafka), workers.group
+        await admin.start()
+
+        async def members() -> set[str]:
+            (described,) = await admin.describe_consumer_groups([group])
+            return {member[0] for member in described.groups[0][5]}
+
+        try:
+            (before,) = await members()
+            answer = await admin._send_request(LeaveGroupRequest(group, before), await admin.find_coordinator(group))
+            assert answer.error_code == 0
+            took = await workers.keeps_folding(6.0)
+            (after,) = await members()
+            assert after != before
+            return took
+        finally:
+            await admin.close()
+
+
+async def stuck_rebalance(start: Start) -> float:
+    """The group waits for a member that does not rejoin, but not for ever; that one ends, and comes back."""
+    async with start(fault=its_rebalances_hang) as workers:
+        await workers.breaks()
+        hung = workers.slots[0]
+        workers.start(1)
+        while HANGS not in hung.text("users"):
+            await asyncio.sleep(0.05)
+        took = await workers.folds()
+        assert took > 5
+        return took
+
+
+CASES = (stalled_partition, dead_agent, stopped_worker, lost_assignment, stuck_rebalance)
+
+
 @pytest.mark.timeout(150)
 async def test_each_is_recovered_from_in_time(kafka: str, redis_url: str, namespace: str, tmp_path: Path) -> None:
-    cases: dict[Callable[[Fleet], Awaitable[float]], int] = {
-        a_worker_is_stopped_longer_than_its_session: 2,
-        a_member_is_thrown_out_of_its_group: 1,
-        a_member_joins_and_hangs_while_another_joins: 1,
-        a_dead_agent_and_a_partition_nobody_fetches: 1,
-    }
+    """All at once, a namespace each: most of the time is waiting for a session or a watchdog."""
 
-    async def one(at: int, case: Callable[[Fleet], Awaitable[float]], workers: int) -> float:
-        async with Fleet(kafka, redis_url, f"{namespace}-{at}", tmp_path, workers) as fleet:
-            return await case(fleet)
+    def start_of(case: Callable[[Start], Awaitable[float]]) -> Start:
+        name = f"{namespace}-{case.__name__.replace('_', '-')}"
+        return partial(running, settings_of(kafka, redis_url, name, tmp_path), tmp_path / name)
 
-    async with asyncio.TaskGroup() as group:
-        tasks = {c.__name__: group.create_task(one(at, c, n)) for at, (c, n) in enumerate(cases.items())}
-    seconds = {name: round(task.result(), 1) for name, task in tasks.items()}
-    print(seconds)
-    assert max(seconds.values()) < WITHIN_S, seconds
+    found = await asyncio.gather(*(case(start_of(case)) for case in CASES), return_exceptions=True)
+    for case, seconds in zip(CASES, found, strict=True):
+        print(f"{case.__name__}: {seconds!r:.400}")
+    if failed := [error for error in found if isinstance(error, Exception)]:
+        raise ExceptionGroup("not recovered", failed)
+    assert max(found) < WITHIN_S  # type: ignore[type-var, operator]
 
 
-@pytest.mark.skip(reason="written, never seen to pass: run it alone on a quiet machine first")
-@pytest.mark.slow
 @pytest.mark.timeout(150)
 async def test_the_broker_is_gone_for_a_while(redis_url: str, namespace: str, tmp_path: Path) -> None:
-    """8 s, longer than the session of 6 s; `OUTAGE_S=30 pytest` for longer. Nobody needs to be started again."""
-    seconds = float(os.environ.get("OUTAGE_S", "8"))
+    """10 s, longer than the session of 6 s. Nobody needs to be started again."""
+    seconds = float(os.environ.get("OUTAGE_S", "10"))
     broker = Broker.prepare(tmp_path / "kafka", Settings.load(env={}).cache_path)
     try:
         broker.start()
         await asyncio.to_thread(broker.wait_ready)
-        async with Fleet(broker.bootstrap, redis_url, namespace, tmp_path) as fleet:
+        settings = settings_of(broker.bootstrap, redis_url, namespace, tmp_path)
+        async with running(settings, tmp_path / namespace) as workers:
             await asyncio.to_thread(broker.stop)
             await asyncio.sleep(seconds)
+            began = time.monotonic()
             broker.start()
             await asyncio.to_thread(broker.wait_ready)
-            took = await fleet.folds()
-            print({"broker_gone_s": seconds, "recovered_s": round(took, 1)})
+            ready = time.monotonic() - began
+            took = await workers.keeps_folding(3.0)
+            print(f"broker gone for {seconds:.0f} s, again ready in {ready:.1f} s: {took}")
             assert took < WITHIN_S
-            assert fleet.ended == []
+            assert workers.ended == []
     finally:
         broker.stop()
         broker.wipe()
