@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import faust
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.streams import Stream
 from faust.transport.drivers.aiokafka import Consumer
 from faust.types import TP as TP
@@ -188,6 +189,26 @@ def batches(stream: Any, limit: int) -> AsyncIterator[Batch]:
     return stock_batches(stream, limit)
 
 
+class MissingTopicsError(RuntimeError):
+    """The broker's metadata lacks topics of this group, which were there when this process started."""
+
+
+class WholeAssignor(PartitionAssignor):  # type: ignore[misc]
+    """Assigns every topic of the group or none.
+
+    Faust's own leaves out a topic that the leader's metadata lacks, as it does for a moment after a broker's start;
+    nobody then reads that topic until the next rebalance, which may be never.
+    """
+
+    def assign(self, cluster: Any, member_metadata: Any) -> Any:
+        """Return the assignment of each member; hands a missing topic to the app's `on_crash`."""
+        topics = {topic for member in member_metadata.values() for topic in member.subscription}
+        missing = sorted(topic for topic in topics if not cluster.partitions_for_topic(topic))
+        if missing:
+            self.app.on_missing(MissingTopicsError(f"no metadata of {', '.join(missing)}"))
+        return super().assign(cluster, member_metadata)
+
+
 def create_app(
     name: str, *, kafka: str, form: str, instance: str, seek: Seek, on_crash: Callable[[str, BaseException], None]
 ) -> Any:
@@ -211,9 +232,9 @@ def create_app(
         consumer_group_instance_id=instance, stream_wait_empty=False, stream_buffer_maxsize=4096,
         broker_session_timeout=6, broker_heartbeat_interval=2,
         broker_rebalance_timeout=REBALANCE_S, broker_request_timeout=30, broker_commit_interval=2.8,
-        web_enabled=False, **({"Stream": ChunkStream} if form == "chunks" else {}),
+        web_enabled=False, PartitionAssignor=WholeAssignor, **({"Stream": ChunkStream} if form == "chunks" else {}),
     )  # fmt: skip
-    app.seek_to = seek
+    app.seek_to, app.on_missing = seek, lambda error: on_crash("the group", error)
     app.transport.Consumer = ChunkConsumer if form == "chunks" else SeekingConsumer
     return app
 

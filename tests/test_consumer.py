@@ -16,7 +16,7 @@ from faust.transport.drivers.aiokafka import Consumer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streaming.consumer import TP, Bounds, Chunk, ChunkConsumer, _take, create_app
+from streaming.consumer import TP, Bounds, Chunk, ChunkConsumer, MissingTopicsError, _take, create_app
 
 
 def test_the_versions_whose_private_names_are_used() -> None:
@@ -95,3 +95,29 @@ def test_faust_makes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made = create_app("ns-x", kafka="a:1", form="chunks", instance="x-0", seek=seek, on_crash=lambda name, error: None)
     made._create_directories()
     assert list(tmp_path.iterdir()) == []
+
+
+class Left(Exception):
+    pass
+
+
+def test_a_leader_whose_metadata_lacks_a_topic_assigns_nothing() -> None:
+    """A broker that has just started may not know all its topics yet: nobody would read the one left out."""
+
+    def leave(name: str, error: BaseException) -> None:
+        assert isinstance(error, MissingTopicsError)
+        raise Left(str(error))
+
+    async def seek(assigned: Bounds, committed: dict[TP, int]) -> dict[TP, int]:
+        return {}
+
+    app = create_app("ns-users", kafka="a:1", form="chunks", instance="users-0", seek=seek, on_crash=leave)
+    assignor = app.assignor
+    topics = {"ns.events", "ns.clicks"}
+    members = {"users-0": assignor.metadata(topics)}
+    known = {"ns.events": {0, 1}, "ns.clicks": {0, 1}}
+    assigned = assignor.assign(SimpleNamespace(partitions_for_topic=known.get), members)["users-0"]
+    assert dict(assigned.assignment) == {topic: [0, 1] for topic in topics}
+    del known["ns.clicks"]
+    with pytest.raises(Left, match=r"no metadata of ns\.clicks"):
+        assignor.assign(SimpleNamespace(partitions_for_topic=known.get), members)
