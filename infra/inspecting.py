@@ -37,7 +37,7 @@ def show_letters(found: list[Letter], screen: Console) -> None:
 
     table = Table("position", "reason", "original", "replayed", box=None, header_style="bold", pad_edge=False)
     for letter in found[-200:]:
-        reason, *_ = letter.reason.splitlines()
+        reason = letter.reason.partition("\n")[0]
         table.add_row(letter.name, reason, letter.text()[:80], "yes" if letter.replays else "")
     screen.print(table)
     screen.print(

@@ -214,7 +214,7 @@ async def get_user(parts: Parts, request: Request) -> Response:
         view = unpack(read.profiles[0], read.seen[0])
     except CodecError as error:
         parts.cannot_read(user, error)
-        view, problem = unpack(None, None), f"{error}. Next: freshet rebuild"
+        view, problem = unpack(None, None), f"{error}. Next: freshet rebuild --switch"
     return json_response(
         {
             "user_id": user,

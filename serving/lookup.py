@@ -148,10 +148,13 @@ def is_applied(read: UserRead, token: Position, partition: int) -> bool:
 def known_history(parts: Parts, user: str, read: UserRead | None) -> tuple[History, str]:
     """Return a user's history, and why it is empty where the stored bytes cannot be read (counted and named)."""
     try:
-        return history_of(read), ""
+        history = history_of(read)
     except CodecError as error:
         parts.cannot_read(user, error)
         return _NOBODY, str(error)
+    if parts.unreadable and read is not None:
+        parts.unreadable.pop(user, None)  # made again since, or forgotten: no longer to be named
+    return history, ""
 
 
 def history_of(read: UserRead | None) -> History:

@@ -48,5 +48,5 @@ class Parts:
         self.telemetry.count(UNREADABLE)
         if user in self.unreadable or len(self.unreadable) < MAX_NAMED:
             if user not in self.unreadable:
-                log.error("profile of %r: %s; it is served as unknown. Next: freshet rebuild", user[:80], error)
+                log.error("profile of %r: %s; served as unknown. Next: freshet rebuild --switch", user[:80], error)
             self.unreadable[user] += 1

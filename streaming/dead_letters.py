@@ -113,19 +113,21 @@ class Box:
 
 
 async def read_box(settings: Settings) -> Box:
-    """Read the whole topic."""
+    """Read the whole topic; what is neither letter nor mark is left out, and told in the log of this process."""
     topic, box = Topics(settings.namespace).dead_letters, Box()
     letter, mark = msgspec.msgpack.Decoder(Letter), msgspec.msgpack.Decoder(Intent | Done)
     async for _, records in read_topic(settings.kafka, topic, {0: await topic_end(settings.kafka, topic)}):
         for record in records:
-            if record.key != MARK:
-                found = letter.decode(record.value)
-                box.letters.setdefault(found.name, found)
+            try:
+                said = (mark if record.key == MARK else letter).decode(record.value or b"")
+            except msgspec.MsgspecError as error:
+                log.warning("%s[0]@%d: no dead letter (%s)", topic, record.offset, error)
                 continue
-            said = mark.decode(record.value)
-            if isinstance(said, Done):
+            if isinstance(said, Letter):
+                box.letters.setdefault(said.name, said)
+            elif isinstance(said, Done):
                 box.done = max(box.done, said.to)
-            else:
+            elif said.name in box.letters:
                 box.intents[record.offset] = said.name
                 box.letters[said.name].replays.append(record.offset)
     return box
