@@ -144,7 +144,7 @@ async def test_without_kafka_lookups_go_on_and_events_are_told_to_come_back(
             broker.process.kill()
             await _without_kafka(client, app.state.parts)
             broker.start()
-            broker.wait_ready()
+            await asyncio.to_thread(broker.wait_ready)  # the application runs in this loop: held up, it would shed
             await until(lambda: not app.state.parts.log_problem, 20)
             assert (await client.post("/v1/events", json=event())).status_code == 202
     finally:
