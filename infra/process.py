@@ -3,6 +3,10 @@
 A child dies with this process, even when this process is killed: on Linux the kernel signals it (PR_SET_PDEATHSIG,
 set by a short wrapper that then becomes the command). That signal is tied to the *thread* that started the child, so
 every child is started by one thread that lives as long as this process.
+
+A child has a session of its own, and a kernel with autogroups shares the processor between sessions first: there `nice`
+alone would weigh a child against nobody but its own threads, so its group gets the same weight (the kernel takes one
+such change each 100 ms from who is not root: hence again).
 """
 
 from __future__ import annotations
@@ -24,11 +28,18 @@ LOG_BYTES = 16 << 20  # a log beyond this is moved aside, once: NAME.log.1
 _STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starter")
 _PORTS = range(20_000, 32_000)  # below the range that the kernel hands out to outgoing connections
 _WRAPPER = """
-import ctypes, os, sys
+import ctypes, os, sys, time
 parent, death, nice = map(int, sys.argv[1:4])
 ctypes.CDLL(None).prctl(1, death, 0, 0, 0)
 if os.getppid() != parent: sys.exit(1)
-if nice: os.nice(nice)
+if nice:
+    os.nice(nice)
+    for _ in range(20):
+        try:
+            with open("/proc/self/autogroup", "w") as group: group.write(str(nice))
+        except BlockingIOError: time.sleep(.05)
+        except OSError: break
+        else: break
 os.execvp(sys.argv[4], sys.argv[4:])
 """
 

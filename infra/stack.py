@@ -35,6 +35,8 @@ from infra.telemetry import EXIT_FOR_GOOD, READY_FILE
 from streaming.kafka.address import shown
 
 PROCESSES = ("kafka", "redis", "users", "items", "learner", "api")
+BEHIND = 5
+"""Nice value of what works behind the API and Redis (workers, Kafka; the learner twice): lookups go first."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 log = logging.getLogger("freshet.stack")
 
@@ -305,6 +307,7 @@ class Stack:
                 self.data / "kafka", self.settings.cache_path, quiet=self.quiet, say=self.say, log=logs / "kafka.log",
                 advertised=self._through["kafka"].port if "kafka" in self._through else 0,
             )  # fmt: skip
+            self.broker.process.nice = BEHIND
             self._add(Child(self.broker.process, self.broker.start, self.broker.ready))
             self.broker.start()
             self._lead("kafka", self.broker.port)
@@ -357,15 +360,15 @@ class Stack:
             if name == "users":
                 made += [self._worker(slot) for slot in range(self.settings.workers)]
             elif name == "items":
-                made.append(self._child("items", ["worker", "--role", "items"]))
+                made.append(self._child("items", ["worker", "--role", "items"], nice=BEHIND))
             elif name == "learner":
-                made.append(self._child("learner", ["learner"], nice=10))
+                made.append(self._child("learner", ["learner"], nice=2 * BEHIND))
             elif name == "api":
                 made.append(self._child("api", ["serve"]))
         return made
 
     def _worker(self, slot: int) -> Child:
-        return self._child(f"users-{slot}", ["worker", "--role", "users", "--slot", str(slot)], slot=slot)
+        return self._child(f"users-{slot}", ["worker", "--role", "users", "--slot", str(slot)], slot=slot, nice=BEHIND)
 
     def _child(self, name: str, verb: list[str], *, nice: int = 0, slot: int = 0) -> Child:
         mark = self.data / "run" / f"{name}.ready"

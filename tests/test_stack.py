@@ -156,6 +156,19 @@ def test_sigterm_then_sigkill(tmp_path: Path) -> None:
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="weights of processes are Linux's here")
+def test_a_nice_child_gives_way_to_other_sessions(tmp_path: Path) -> None:
+    """Each child has a session, and with autogroups a nice value weighs within a session only."""
+    group = Path("/proc/self/autogroup")
+    code = f"import os, pathlib; p = pathlib.Path('{group}'); print(os.nice(0), p.read_text() if p.exists() else '')"
+    process = Process("nice", [sys.executable, "-c", code], log=tmp_path / "nice.log", nice=7)
+    process.start()
+    assert process.wait(10)
+    nice, _, told = process.tail().partition(" ")
+    assert int(nice) == 7 + os.nice(0)
+    assert "nice" not in told or told.strip().endswith("nice 7")  # a kernel may have none, or tell nothing
+
+
 def test_a_log_is_cut_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.process.LOG_BYTES", 1000)
     code = "import time\nfor i in range(10**6): print('line', i, flush=True); time.sleep(.001)"
