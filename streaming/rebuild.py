@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from infra.settings import Settings
-from streaming.kafka.ground import Ground
+from streaming.kafka.ground import stamped
 from streaming.recovery import cuts, lineage
 from streaming.recovery.apart import Advance
 from streaming.recovery.compare import first_differences
@@ -27,7 +27,7 @@ from streaming.recovery.generations import switch as switch_to
 from streaming.recovery.lineage import MemoryModel
 from streaming.recovery.snapshots import Manifest, base_for, check, find, load_weights
 from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, connect, live_keys, read_metrics
-from streaming.topics import Log, Topics, end_offsets, epoch, moved, preflight
+from streaming.topics import Topics, end_offsets, epoch, moved, preflight
 from streaming.trainer import Trainer
 
 QUIET_S: Final = 4.0
@@ -87,7 +87,7 @@ async def rebuild(
         cut, floor = (await cuts.ends(settings, until=until), {}) if until else await now(client, settings, ground)
         base = _chosen(settings, ground, begin, cut, snapshot)
         about = About(made=f"snapshot {base.name} and the logs since" if base else "the logs", until=until)
-        stamp = Ground(Log(settings.kafka), topics, ground, codec=settings.codec).stamp
+        stamp = stamped(ground, settings.codec)
         keys = await register(client, settings.namespace, about)
         report = Report(keys.generation, base=base.name if base else "")
         async with folding(settings, sum(cut.events.values()), advance) as halves:
@@ -184,13 +184,16 @@ async def _catch_up(halves: Folding, client: Redis, keys: Keys, ground: str, sta
 
 
 async def write_model(client: Redis, settings: Settings, keys: Keys, model: MemoryModel) -> None:
-    """Write weights into a generation that has none, the head last."""
+    """Write weights into a generation that has none, the head last, with its epoch in the form of the codec."""
     if not model.kept:
         return
+    kept = dict(model.kept)
+    if "cluster" in kept:  # weights that are copied, or a snapshot's, were stamped by whoever learnt them
+        kept["cluster"] = stamped(kept["cluster"].decode(), settings.codec).encode()
     store, rows = ModelStore(client, keys, settings.feed_mb << 20), list(model.rows.items())
     for first in range(0, max(1, len(rows)), 1000):
         chunk, last = rows[first : first + 1000], first + 1000 >= len(rows)
-        head = model.kept if last else {"next": b"0"}
+        head = kept if last else {"next": b"0"}
         await store.commit(expected=0, head=head, keys=[k for k, _ in chunk], values=[v for _, v in chunk])
 
 

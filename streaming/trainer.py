@@ -30,7 +30,7 @@ from models.learner import Learned, Learner, Origin
 from models.model import STATE_FORM, STATE_ROW
 from models.rows import Rows
 from streaming.dead_letters import DeadLetters
-from streaming.kafka.ground import Ground, GroundError
+from streaming.kafka.ground import Ground, GroundError, arrive
 from streaming.kafka.reading import Reading
 from streaming.learn import Dead
 from streaming.recovery.generations import moved
@@ -46,7 +46,7 @@ from streaming.state import (
     persist,
 )
 from streaming.supervision import TRIES, last_lines, leave
-from streaming.topics import Ends, Log, Topics, TopicsError, client_options, preflight
+from streaming.topics import Ends, Log, Topics, TopicsError, client_options
 
 log = logging.getLogger(__name__)
 
@@ -376,7 +376,7 @@ def _leave(status: int, reason: str) -> NoReturn:
 
 async def _main(settings: Settings) -> None:
     topics = Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
-    await preflight(settings.kafka, topics)
+    await arrive(settings.kafka, topics)
     client = connect(settings.redis)
     keys = await live_keys(client, settings.namespace)
     store = ModelStore(client, keys, settings.feed_mb << 20)

@@ -27,12 +27,12 @@ from streaming.consumer import TP, Bounds, Seek
 from streaming.events import Alias, Click, Weights, encode
 from streaming.item_agent import ItemAgent
 from streaming.kafka.address import shown
-from streaming.kafka.ground import Ground, GroundError
+from streaming.kafka.ground import Ground, GroundError, arrive
 from streaming.learn import UserFold, decode_part
 from streaming.recovery.generations import moved
 from streaming.state import ItemStore, MemoryUserStore, RedisUserStore, connect, live_keys
 from streaming.supervision import LoopGuard, Progress, Watchdog, leave, report
-from streaming.topics import Ends, Log, LogError, TopicsError, preflight
+from streaming.topics import Ends, Log, LogError, TopicsError
 from streaming.users.embeddings import LiveEmbeddings
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def warm() -> None:
 async def _main(settings: Settings, role: Role, slot: int) -> None:
     topics = topics_of(settings)
     try:
-        await preflight(settings.kafka, topics)
+        await arrive(settings.kafka, topics)
     except TopicsError as error:
         leave(EXIT_FOR_GOOD, str(error))
     except LogError as error:

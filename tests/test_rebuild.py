@@ -25,6 +25,7 @@ from streaming.recovery.cuts import ends
 from streaming.recovery.generations import RecoveryError, drop, generations, switch
 from streaming.recovery.item_half import ItemHalf
 from streaming.recovery.lineage import chain
+from streaming.recovery.snapshots import save
 from streaming.state import Keys, Redis, RedisUserStore, connect, read_user
 from streaming.topics import Topics, partition_of
 from streaming.trainer import StepRecord
@@ -125,6 +126,24 @@ async def test_what_was_not_built_to_its_end_is_not_served(settings: Settings, t
             await switch(live.client, settings.namespace, 2, settings.partitions)
         with pytest.raises(RecoveryError, match="--until with --switch"):
             await rebuild(settings, advance=silent, until=time.time(), switch=True)
+
+
+async def test_with_codec_1_a_rebuild_is_what_the_release_before_reads(settings: Settings, topics: Made) -> None:
+    """Whatever it begins from: the logs, a snapshot, weights that are copied as they are."""
+    await topics(settings.partitions)
+    async with ByLog(settings) as live:
+        await live.run(clicks(100))
+        await save(settings, advance=silent, name="first")
+        back, known = replace(settings, codec=1), "/".join(live.ground.split("/")[:2]).encode()
+        assert known != live.ground.encode()
+        for how in ({}, {"weights": False}, {"snapshot": "first"}):
+            report = await rebuild(back, advance=silent, **how)  # type: ignore[arg-type]
+            found = await live.everything(report.generation)
+            stamps = {name: value[b"cluster"] for name, value in found.items() if b"cluster" in value}
+            assert len(stamps) == settings.partitions + 2
+            assert set(stamps.values()) == {known}, (how, stamps)
+            versions = {value[0] for name, value in found.items() if ":profile:" in name}
+            assert versions == {1}, how
 
 
 async def test_until_is_the_state_of_that_time(settings: Settings, topics: Made) -> None:

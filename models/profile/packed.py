@@ -273,9 +273,9 @@ def unpack(profile: bytes | None, seen: bytes | None) -> ProfileView:
     )
 
 
-def canonical(profiles: list[bytes]) -> list[bytes]:
-    """Return packed profiles as the newest version writes them: what two stores are compared by."""
-    read = Profiles(list(profiles), [None] * len(profiles))
+def canonical(profiles: list[bytes], codec: int = VERSION) -> list[bytes]:
+    """Return packed profiles as one version writes them; two stores are compared by the newest."""
+    read = Profiles(list(profiles), [None] * len(profiles), codec=codec)
     return read.pack(np.arange(len(profiles)))
 
 

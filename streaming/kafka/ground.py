@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from streaming.topics import Log, LogError, Topics, TopicsError, moved
+from streaming.topics import Log, LogError, Topics, TopicsError, moved, preflight
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,24 @@ class GroundError(RuntimeError):
     """State and log do not belong together; the message says how that shows and names the next step."""
 
 
+def stamped(epoch: str, codec: int) -> str:
+    """Return an epoch as it is written beside state under a codec."""
+    return epoch if codec > 1 else "/".join(epoch.split("/")[:2])
+
+
+async def arrive(bootstrap: str, topics: Topics) -> None:
+    """Check the topics as `preflight` does; a broker that just started may not know them yet. Raises TopicsError."""
+    until = time.monotonic() + MISSING_S
+    while True:
+        try:
+            await preflight(bootstrap, topics)
+            return
+        except TopicsError:
+            if time.monotonic() > until:
+                raise
+            await asyncio.sleep(0.2)
+
+
 class Ground:
     """The log under a process: the epoch it began with, and whether it still is that one."""
 
@@ -42,7 +60,7 @@ class Ground:
     @property
     def stamp(self) -> str:
         """What is written beside state: the epoch; with codec 1 only what the version before knows of it."""
-        return self.epoch if self._codec > 1 else "/".join(self.epoch.split("/")[:2])
+        return stamped(self.epoch, self._codec)
 
     async def check(self, what: str, stored: str, applied: Mapping[tuple[str, int], int], bounds: Bounds) -> None:
         """Raise GroundError unless `what`, folded from the epoch `stored` up to `applied`, can go on from this log."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from infra.settings import Settings
+from models.profile import canonical
 from streaming.dead_letters import set_aside
 from streaming.learn import GapError, Outcome, Part, UserFold, decode_part, rounds, users_of
 from streaming.recovery.compare import difference, digests, same
@@ -131,8 +132,11 @@ class UserHalf:
         for first in range(0, max(1, len(users)), WRITE):
             chunk, last = users[first : first + WRITE], first + WRITE >= len(users)
             write = UserWrite(partition, before, following if last else before, marks)
+            packed = {user: value for user in chunk if (value := get(("profile", partition, user), b""))}
+            write.profiles = dict.fromkeys(chunk, b"")
+            # A snapshot's may be of another codec than what is to be written.
+            write.profiles |= zip(packed, canonical(list(packed.values()), self.settings.codec), strict=True)
             for user in chunk:
-                write.profiles[user] = get(("profile", partition, user), b"")
                 write.seen[user] = get(("seen", partition, user), b"")
             write.active = {user: active[user] for user in chunk if user in active}
             (refused,) = await store.commit([write], cluster)
