@@ -156,10 +156,11 @@ class ItemAgent:
     async def _poisoned(self, error: PoisonError, value: bytes) -> None:
         """End this process, whose memory is half changed; after the third time the record is skipped."""
         text = last_lines(error.__cause__ or error)
-        count = await persist("fault", partial(self._store.blame, error.offset, error.offset + 1, text))
-        if count >= TRIES:
+        count = 1 + await persist("fault", partial(self._store.blamed, error.offset))
+        if count >= TRIES:  # the letter first: killed in between, the next sends it again; none would skip it untold
             reason = f"its fold into items raised {count} times: {text}"
             await self._dead.send([Dead(self._topics.examples, 0, error.offset, reason, value)])
+        await persist("fault", partial(self._store.blame, error.offset, error.offset + 1, text))
         leave(EXIT_AGAIN, f"{error} ({count} of {TRIES} times before it is set aside)")
 
     async def run_catalogue(self, batches: AsyncIterator[Batch]) -> None:

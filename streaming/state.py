@@ -389,6 +389,11 @@ class RowStore:
         found = await self.client.hgetall(self.faults_key)
         return {int(at): msgspec.msgpack.decode(value, type=Fault) for at, value in found.items()}
 
+    async def blamed(self, first: int) -> int:
+        """Return how often folding from the record at `first` has raised."""
+        fault = (await self.faults()).get(first)
+        return fault.count if fault is not None else 0
+
     async def blame(self, first: int, following: int, text: str) -> int:
         """Note that folding the records [first, following) raised `text`; return how often it has."""
         old = (await self.faults()).get(first)

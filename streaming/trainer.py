@@ -426,10 +426,11 @@ async def _main(settings: Settings) -> None:
 async def _blamed(error: LearningError, store: ModelStore, dead: DeadLetters, trainer: Trainer) -> TrainerError:
     """Note what raised, set a record aside whose third time it is, and return how the process is to end."""
     text = last_lines(error.__cause__ or error)
-    count = await persist("fault", lambda: store.blame(error.first, error.next, text))
-    if count >= TRIES and error.next == error.first + 1:
+    count = 1 + await persist("fault", lambda: store.blamed(error.first))
+    if count >= TRIES and error.next == error.first + 1:  # the letter first: none would skip the record untold
         reason = f"learning it raised {count} times: {text}"
         await dead.send([Dead(dead.topics.examples, 0, error.first, reason, trainer.last_value)])
+    await persist("fault", lambda: store.blame(error.first, error.next, text))
     return TrainerError(EXIT_AGAIN, f"{error} ({count} of {TRIES} times before a record is set aside)")
 
 

@@ -12,17 +12,20 @@ import pytest
 
 from infra.settings import Settings
 from infra.telemetry import EXIT_FOR_GOOD
+from models.item_fold import PoisonError
 from models.profile import unpack
 from streaming.agents import UserAgent
 from streaming.consumer import TP
-from streaming.dead_letters import MARK, Intent, letters, replay
+from streaming.dead_letters import MARK, DeadLetters, Intent, letters, replay
 from streaming.events import Click, Weights, encode
+from streaming.item_agent import ItemAgent
 from streaming.kafka.ground import Ground
 from streaming.learn import Embed, Part, UserFold
 from streaming.rebuild import verify
-from streaming.state import Keys, Redis, RedisUserStore, connect, read_user
+from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, RowStore, connect, read_user
 from streaming.supervision import Progress
 from streaming.topics import Log, Topics, end_offsets, epoch, partition_of, read_topic
+from streaming.trainer import LearningError, Trainer, _blamed
 from streaming.users.memory import MemoryUserStore
 from tests.forked import Roles, warm
 
@@ -186,3 +189,43 @@ def test_a_part_without_events_is_folded() -> None:
     assert store.commit_now(outcome.writes[0]) is None
     assert store.applied[0][0] == 3
     assert outcome.records[0].ranges == [(0, 0, 3)]
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: no code of ours catches it."""
+
+
+class NoThirdFault(RowStore):
+    """A store whose process is killed before it notes a third fault."""
+
+    async def blame(self, first: int, following: int, text: str) -> int:
+        if await self.blamed(first) == 2:
+            raise Killed
+        return await super().blame(first, following, text)
+
+
+@pytest.mark.parametrize("role", ["items", "learner"])
+async def test_a_record_is_never_skipped_without_its_letter(world: World, role: str) -> None:
+    """Killed while it sets a record of `examples` aside: what counts the third fault comes after the letter."""
+    bases = (NoThirdFault, ItemStore if role == "items" else ModelStore)
+    store: Any = type("Store", bases, {})(world.client, world.keys)
+    cause = IndexError("a bug of ours")
+    for _ in range(2):
+        await store.blame(7, 8, "IndexError")
+    agent = ItemAgent(
+        topics=world.topics, store=store, log_=world.log, progress=world.progress,
+        ground=Ground(world.log, world.topics, world.epoch),
+    )  # fmt: skip
+    trainer = Trainer(store=store)
+    trainer.last_value = b"bytes"
+    for _ in range(2):
+        if role == "items":
+            blaming: Any = agent._poisoned(PoisonError(7, cause), b"bytes")
+        else:
+            blaming = _blamed(LearningError(7, 8, cause), store, DeadLetters(world.log, world.topics), trainer)
+        with pytest.raises(Killed):
+            await blaming
+    assert (await store.faults())[7].count == 2
+    (letter,) = await letters(world.settings)
+    assert (letter.topic, letter.offset, letter.original) == (world.topics.examples, 7, b"bytes")
+    assert "raised 3 times" in letter.reason
