@@ -77,7 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
 def create_parts(settings: Settings) -> Parts:
     """Return the parts of one API process, not yet connected; raises BindingError, KeysError."""
     ring = KeyRing(settings.keys_path, settings.admin_key, must_exist=bool(settings.keys))
-    check_binding(settings.host, has_key=bool(settings.admin_key or ring.keys))
+    check_binding(settings.host, has_key=bool(settings.admin_key or ring.keys), admin_key=settings.admin_key)
     topics = Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
     telemetry, producer = Telemetry(), Log(settings.kafka)
     counted = {"appended": 0, "dropped": 0, "failed": 0}

@@ -33,8 +33,12 @@ _CORS_HEADERS: Final = "authorization, content-type, x-api-key"
 _CORS_AGE_S: Final = "600"
 
 
+MIN_ADMIN_KEY: Final = 16
+"""Characters of the settings' key off loopback; those that `freshet keys` makes have 46."""
+
+
 class BindingError(ValueError):
-    """The API was told to listen beyond this machine without any key."""
+    """The API was told to listen beyond this machine without any key, or with one that can be guessed."""
 
 
 def is_loopback(host: str) -> bool:
@@ -47,8 +51,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_binding(host: str, *, has_key: bool) -> None:
-    """Raise BindingError where `host` is not loopback and there is no key."""
+def check_binding(host: str, *, has_key: bool, admin_key: str = "") -> None:
+    """Raise BindingError where `host` is not loopback and there is no key, or the settings' key is short."""
+    if not is_loopback(host) and 0 < len(admin_key) < MIN_ADMIN_KEY:
+        raise BindingError(
+            f"FRESHET_ADMIN_KEY: expected at least {MIN_ADMIN_KEY} characters where host is {host!r}, which others"
+            f" can reach, got {len(admin_key)}; `openssl rand -hex 16` makes a good one"
+        )
     if not is_loopback(host) and not has_key:
         raise BindingError(
             f"host: expected a loopback address or a key, got {host!r} and none; "
@@ -156,7 +165,12 @@ class Guard:
 
 
 def _given(headers: Headers) -> str:
-    """Return the key that a request carries: Bearer, X-API-Key, or the password of Basic (what a browser sends)."""
+    """Return the key that a request carries: X-API-Key, Bearer, or the password of Basic (what a browser sends).
+
+    X-API-Key goes first: Authorization may hold the login of a proxy in front, which is none of our keys.
+    """
+    if own := headers.get("x-api-key", "").strip():
+        return own
     scheme, _, rest = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip()
@@ -165,7 +179,7 @@ def _given(headers: Headers) -> str:
             return base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
         except (binascii.Error, ValueError):
             return ""
-    return headers.get("x-api-key", "").strip()
+    return ""
 
 
 def _preflight() -> Response:

@@ -7,6 +7,8 @@ about HTTP.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import hmac
 import logging
@@ -16,7 +18,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -88,6 +90,18 @@ def write_keys(path: Path, keys: Sequence[Key]) -> None:
         raise
 
 
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    """Hold the lock beside the file, so that of two changes at once neither is lost; waits for the other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # the lock goes with it; the file stays, for one that is made again is another lock
+
+
 def add_key(path: Path, name: str, scopes: Sequence[str], rate: float = 0.0) -> str:
     """Add a key to the file and return its text, which is nowhere else; raises KeysError."""
     if not _NAME.fullmatch(name):
@@ -96,21 +110,28 @@ def add_key(path: Path, name: str, scopes: Sequence[str], rate: float = 0.0) -> 
         raise KeysError(f"--scope: expected one or more of {', '.join(SCOPES)}, got {', '.join(scopes) or 'none'}")
     if not (math.isfinite(rate) and 0 <= rate <= 1e9):
         raise KeysError(f"--rate: expected objects a second from 0 (no limit) to 1e9, got {rate:g}")
-    keys = read_keys(path) if path.exists() else ()
-    if any(key.name == name for key in keys):
-        raise KeysError(f"{path}: expected a new name, got {name!r}, which is there; revoke it first, or take another")
     text = "fr_" + secrets.token_urlsafe(32)
-    write_keys(path, (*keys, Key(name, hashed(text), tuple(s for s in SCOPES if s in scopes), rate)))  # type: ignore[misc]
+    made = Key(name, hashed(text), tuple(s for s in SCOPES if s in scopes), rate)  # type: ignore[misc]
+    with _changing(path):
+        keys = read_keys(path) if path.exists() else ()
+        if any(key.name == name for key in keys):
+            raise KeysError(
+                f"{path}: expected a new name, got {name!r}, which is there; revoke it first, or take another"
+            )
+        write_keys(path, (*keys, made))
     return text
 
 
 def revoke_key(path: Path, name: str) -> None:
     """Take a key out of the file; raises KeysError where it is not there."""
-    keys = read_keys(path)
-    left = tuple(key for key in keys if key.name != name)
-    if len(left) == len(keys):
-        raise KeysError(f"{path}: expected one of {', '.join(key.name for key in keys) or 'none'}, got {name!r}")
-    write_keys(path, left)
+    if not path.exists():
+        read_keys(path)  # raises, naming the next step; a folder and a lock are not made for it
+    with _changing(path):
+        keys = read_keys(path)
+        left = tuple(key for key in keys if key.name != name)
+        if len(left) == len(keys):
+            raise KeysError(f"{path}: expected one of {', '.join(key.name for key in keys) or 'none'}, got {name!r}")
+        write_keys(path, left)
 
 
 @dataclass(slots=True)

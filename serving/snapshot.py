@@ -155,7 +155,8 @@ class Live:
             for key in good:
                 self.bad.pop((kind, key), None)
         if wrong:
-            self.bad.update(zip(((kind, key) for key in keys if key not in set(good)), wrong, strict=False))
+            sound = set(good)
+            self.bad.update(zip(((kind, key) for key in keys if key not in sound), wrong, strict=False))
 
 
 def _is_next(name: str, delta: Delta, position: int) -> bool:

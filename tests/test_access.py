@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ async def test_a_key_opens_what_its_scopes_say_and_nothing_else(tmp_path: Path) 
 async def test_the_key_of_the_settings_goes_with_and_without_a_file(tmp_path: Path) -> None:
     with pytest.raises(BindingError, match="freshet keys add"):
         create_app(Settings.load(tmp_path, env={}, host="0.0.0.0"))
+    with pytest.raises(BindingError, match=r"at least 16 characters.*got 15"):
+        create_app(Settings.load(tmp_path, env={}, host="0.0.0.0", admin_key="s" * 15))
+    async with door(tmp_path, admin_key="s"):  # on loopback it may be any
+        pass
     async with door(tmp_path, host="0.0.0.0", admin_key="s" * 30) as (client, _):
         assert (await client.get("/v1/popular")).status_code == 401
         assert (await client.get("/v1/popular", headers=bearer("s" * 30))).status_code == 200
@@ -103,6 +108,29 @@ async def test_the_key_of_the_settings_goes_with_and_without_a_file(tmp_path: Pa
     async with door(tmp_path, admin_key="s" * 30) as (client, _):
         for key, status in ((text, 403), ("s" * 30, 200)):
             assert (await client.get("/-/settings", headers=bearer(key))).status_code == status
+
+
+async def test_a_proxys_login_does_not_hide_the_key(tmp_path: Path) -> None:
+    text = add_key(tmp_path / "keys.json", "reader", ["read"])
+    login = {"Authorization": "Basic " + base64.b64encode(b"proxy:password").decode()}
+    async with door(tmp_path) as (client, _):
+        assert (await client.get("/v1/popular", headers=login)).status_code == 401
+        for other in (login, bearer("another")):
+            assert (await client.get("/v1/popular", headers={**other, "X-API-Key": text})).status_code == 200
+
+
+def _change_keys(path: Path, worker: int) -> None:
+    for number in range(10):
+        add_key(path, f"k{worker}-{number}", ["read"])
+        if number % 2:
+            revoke_key(path, f"k{worker}-{number}")
+
+
+def test_of_changes_at_once_none_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    with ThreadPoolExecutor(4) as pool:  # each opens the lock for itself, as a process does
+        list(pool.map(_change_keys, [path] * 4, range(4)))
+    assert {key.name for key in read_keys(path)} == {f"k{w}-{n}" for w in range(4) for n in range(0, 10, 2)}
 
 
 async def test_the_file_is_read_again_when_it_changes_and_never_fails_open(tmp_path: Path) -> None:
@@ -268,7 +296,7 @@ def test_keys_are_added_listed_and_revoked_in_the_terminal(tmp_path: Path) -> No
         assert isinstance(freshet(*words).exception, KeysError), words
     assert freshet("revoke", "shop").exit_code == 0
     assert [key.name for key in read_keys(path)] == ["ops"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["keys.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".keys.json.lock", "keys.json"]
 
 
 async def test_writers_of_the_file_leave_it_whole(tmp_path: Path) -> None:
