@@ -317,17 +317,21 @@ def _told(manifest: Any) -> dict[str, Any]:
 
 @snapshot.command("list")
 def snapshot_list(data: Data = None, as_json: Json = False) -> None:
-    """List the snapshots that are whole, oldest first."""
+    """List the snapshots that are whole, oldest first, then those whose manifest is damaged, and why."""
     from rich.table import Table
 
-    from streaming.recovery.snapshots import home, snapshots
+    from streaming.recovery.snapshots import home, told
 
     chosen = Settings.load(data)
-    found = snapshots(chosen)
+    found, damaged = told(chosen)
     if as_json:
-        show_json([_told(manifest) for manifest in found])
+        show_json([*map(_told, found), *({"name": name, "damaged": why} for name, why in damaged.items())])
         return
+    for name, why in damaged.items():
+        console(err=True).print(f"[red]{name} is damaged[/]:", why, highlight=False)
     if not found:
+        if damaged:
+            return
         console().print(f"No snapshot in {home(chosen)}. [bold]freshet snapshot save[/] makes one.")
         return
     table = Table("name", "at (UTC)", "events", "profiles", "rows", "step", "MB", box=None, header_style="bold")

@@ -20,7 +20,7 @@ from streaming.recovery.cuts import begins
 from streaming.recovery.files import read_records, write_records
 from streaming.recovery.generations import RecoveryError, generations, switch
 from streaming.recovery.retention import refuse_behind_the_log, trim
-from streaming.recovery.snapshots import check, diff, find, home, save, snapshots
+from streaming.recovery.snapshots import check, diff, find, home, save, snapshots, told
 from tests.by_log import ByLog, clicks
 
 Made = Callable[..., Awaitable[object]]
@@ -107,8 +107,18 @@ async def test_a_damaged_file_is_named_and_nothing_is_restored(settings: Setting
         check(settings, find(settings, "one"))
         manifest = folder / "manifest.json"
         manifest.write_text(manifest.read_text().replace('"items": 0', '"items": 1'))
-        with pytest.raises(RecoveryError, match=r"manifest.json: damaged"):
-            snapshots(settings)
+        for name in ("one", ""):
+            with pytest.raises(RecoveryError, match=r"manifest.json: damaged"):
+                find(settings, name)
+        assert snapshots(settings) == []
+        assert [(name, "damaged" in why) for name, why in told(settings)[1].items()] == [("one", True)]
+        after = await save(settings, advance=silent, name="two")  # from the beginning of the logs
+        assert (after.base, after.events, [one.name for one in snapshots(settings)]) == ("", 50, ["two"])
+        assert find(settings, "").name == "two"
+        listed = CliRunner(env={"FRESHET_DATA": settings.data, "FRESHET_NAMESPACE": settings.namespace}).invoke(
+            app, ["snapshot", "list", "--json"]
+        )
+        assert [(one["name"], "damaged" in one) for one in json.loads(listed.stdout)] == [("two", False), ("one", True)]
         found = await generations(live.client, settings.namespace, settings.partitions)
         assert [one.number for one in found if one.ready] == [1]
         assert not await live.everything(2)

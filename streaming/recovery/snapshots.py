@@ -97,9 +97,21 @@ def _fold_of(settings: Settings) -> dict[str, Any]:
 
 
 def snapshots(settings: Settings) -> list[Manifest]:
-    """Return the manifests of the snapshots there are, oldest first; files are not checked."""
-    paths = [path for path in home(settings).glob(f"*/{MANIFEST}") if not path.parent.name.endswith(".part")]
-    return sorted(map(_read_manifest, paths), key=lambda manifest: manifest.made)
+    """Return the readable manifests of the snapshots there are, oldest first; files are not checked."""
+    return told(settings)[0]
+
+
+def told(settings: Settings) -> tuple[list[Manifest], dict[str, str]]:
+    """Return those manifests, and of snapshots whose manifest cannot be read the name and why: one spoils no other."""
+    found, damaged = list[Manifest](), dict[str, str]()
+    for path in sorted(home(settings).glob(f"*/{MANIFEST}")):
+        if path.parent.name.endswith(".part"):
+            continue
+        try:
+            found.append(_read_manifest(path))
+        except RecoveryError as error:
+            damaged[path.parent.name] = str(error)
+    return sorted(found, key=lambda manifest: manifest.made), damaged
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -119,8 +131,10 @@ def _instead(folder: Path) -> str:
 
 
 def find(settings: Settings, name: str) -> Manifest:
-    """Return the manifest of a snapshot, "" for the newest; raises RecoveryError."""
-    found = snapshots(settings)
+    """Return the manifest of a snapshot, "" for the newest that can be read; raises RecoveryError."""
+    found, damaged = told(settings)
+    if name in damaged or (damaged and not found):
+        raise RecoveryError(damaged.get(name) or next(iter(damaged.values())))
     if not found:
         raise RecoveryError(f"no snapshot in {home(settings)}: `freshet snapshot save` makes one")
     for manifest in found[-1:] if not name else found:
@@ -158,11 +172,12 @@ def base_for(settings: Settings, ground: str, begin: Cut, cut: Cut, *, eager: bo
         if not moved(manifest.ground, ground) and manifest.covers(begin) and manifest.within(cut) and same:
             return manifest
     if trimmed:
+        damaged = "".join(f". {why}" for why in told(settings)[1].values())
         gone = ", ".join(f"events[{p}] begins at {offset}" for p, offset in begin.events.items() if offset)
         raise RecoveryError(
             f"the logs were trimmed ({gone or f'examples begins at {begin.examples}'}) and no snapshot in"
             f" {home(settings)} covers what is gone and is not too new: bring one back from a copy,"
-            " or name its data folder with --data"
+            f" or name its data folder with --data{damaged}"
         )
     return None
 
