@@ -23,7 +23,7 @@ from models.rows import BEHAVIOUR
 from streaming.consumer import TP, Batch, Bounds
 from streaming.dead_letters import DeadLetters
 from streaming.events import EventError, decode_item, item_key
-from streaming.kafka.ground import Ground
+from streaming.kafka.ground import HOLE, Ground
 from streaming.learn import Dead
 from streaming.state import Delta, ItemStore, StoredBytesError, persist
 from streaming.supervision import TRIES, Progress, last_lines, leave, stand
@@ -120,7 +120,7 @@ class ItemAgent:
         try:
             folded = self.state.fold(value)
         except HoleError as error:
-            leave(EXIT_FOR_GOOD, f"{error}: examples lost records; `freshet rebuild` folds what is left")
+            leave(EXIT_FOR_GOOD, f"{error}: examples lost records. {HOLE}")
             raise
         except PoisonError as error:
             await self._poisoned(error, value)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from infra.settings import Settings
-from streaming.kafka.ground import stamped
+from streaming.kafka.ground import REPARTITIONED, repartitioned, stamped
 from streaming.recovery import cuts, lineage
 from streaming.recovery.apart import Advance
 from streaming.recovery.compare import first_differences
@@ -84,6 +84,7 @@ async def rebuild(
         began = time.monotonic()
         await preflight(settings.kafka, topics)
         ground, begin = await epoch(settings.kafka, topics), await cuts.begins(settings)
+        await _refuse_repartitioned(client, settings, ground)
         cut, floor = (await cuts.ends(settings, until=until), {}) if until else await now(client, settings, ground)
         base = _chosen(settings, ground, begin, cut, snapshot)
         about = About(made=f"snapshot {base.name} and the logs since" if base else "the logs", until=until)
@@ -115,6 +116,13 @@ async def rebuild(
         return report
     finally:
         await client.aclose()
+
+
+async def _refuse_repartitioned(client: Redis, settings: Settings, ground: str) -> None:
+    """Raise RecoveryError where users lie in the log by another number of partitions than it has now."""
+    reads = await RedisUserStore(client, await live_keys(client, settings.namespace)).read({0: []})
+    if (stored := reads[0].cluster) and repartitioned(stored, ground):
+        raise RecoveryError(f"the served state is folded from {moved(stored, ground)}. {REPARTITIONED}")
 
 
 def _chosen(settings: Settings, ground: str, begin: Cut, cut: Cut, snapshot: str | None) -> Manifest | None:

@@ -30,7 +30,7 @@ from models.learner import Learned, Learner, Origin
 from models.model import STATE_FORM, STATE_ROW
 from models.rows import Rows
 from streaming.dead_letters import DeadLetters
-from streaming.kafka.ground import Ground, GroundError, arrive
+from streaming.kafka.ground import HOLE, TRIMMED, Ground, GroundError, arrive
 from streaming.kafka.reading import Reading
 from streaming.learn import Dead
 from streaming.recovery.generations import moved
@@ -267,7 +267,7 @@ class Trainer:
             log.warning("examples@%d skipped: %s", offset, error)
             return None
         except HoleError as error:
-            raise TrainerError(EXIT_FOR_GOOD, f"{error}: examples lost records") from error
+            raise TrainerError(EXIT_FOR_GOOD, f"{error}: examples lost records. {HOLE}") from error
 
     async def step(self, logged: StepRecord | None = None) -> StepRecord | None:
         """Commit everything since the last step in one transaction; None where nothing came. Raises TrainerError.
@@ -412,7 +412,7 @@ async def _main(settings: Settings) -> None:
         await ground.check_epoch()
         raise TrainerError(
             EXIT_FOR_GOOD,
-            f"examples has no offset {trainer.next} any more ({error}): `freshet rebuild --switch` learns what is left",
+            f"examples has no offset {trainer.next} any more ({error}). {TRIMMED}",
         ) from error
     finally:
         if looking is not None:
@@ -453,8 +453,7 @@ async def _resume(
     offset = trainer.begin_refill()
     if offset < first:
         raise GroundError(
-            f"weights: the join window goes back to offset {offset}, but {place.topic}[0] begins at {first}."
-            " `freshet snapshot restore` a later one; or `freshet rebuild --switch` learns what is left"
+            f"weights: the join window goes back to offset {offset}, but {place.topic}[0] begins at {first}. {TRIMMED}"
         )
     consumer.seek(place, offset)
     while offset < trainer.next:

@@ -16,6 +16,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
 from infra.settings import Settings
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
 from streaming.events import Click, encode
+from streaming.rebuild import rebuild
+from streaming.recovery.generations import RecoveryError
 from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, UserWrite, connect
 from streaming.topics import Log, Topics, create_topics, describe, end_offsets, epoch, partition_of
 from tests.forked import Roles, warm
@@ -79,7 +81,7 @@ class Case:
         _, found = await describe(self.settings.kafka, list(self.topics.specs()))
         return values, await end_offsets(self.settings.kafka, {name: count for name, (count, _) in found.items()})
 
-    async def end(self, roles: Roles, said: str) -> None:
+    async def end(self, roles: Roles, said: str, step: str = "freshet rebuild --switch") -> None:
         """Each role ends for good, some after one more start, and says why and what to do."""
         codes = await asyncio.to_thread(roles.codes, 40)
         roles.stop()
@@ -90,7 +92,7 @@ class Case:
         for role, code in codes.items():
             assert code == EXIT_FOR_GOOD, (role, code, roles.text(role))
             assert said in roles.text(role), (role, roles.text(role))
-            assert "freshet rebuild --switch" in roles.text(role), role
+            assert step in roles.text(role), (role, roles.text(role))
 
 
 @pytest.fixture
@@ -157,8 +159,14 @@ async def test_each_role_ends_for_good_before_it_writes(
         said = await provoke(case)
         running.append((case, said, await case.everything(), Roles(case.settings, case.path)))
     for case, said, before, roles in running:
-        await case.end(roles, said)
+        many = "partitions" in said
+        await case.end(roles, said, "a new namespace" if many else "freshet rebuild --switch")
+        assert ("freshet rebuild" in roles.text("users")) != many
         assert await case.everything() == before
+        if many:  # histories would stay where the old number put their users
+            with pytest.raises(RecoveryError, match=r"another number of partitions.*a new namespace"):
+                await rebuild(case.settings, advance=lambda *_: None, switch=True)
+            assert await case.everything() == before
 
 
 async def test_a_topic_made_again_under_running_processes(

@@ -18,6 +18,7 @@ from infra.settings import Settings
 from infra.stack import Stack
 from models.examples import Entries
 from models.profile import unpack
+from streaming.learn import Part
 from streaming.rebuild import rebuild, verify
 from streaming.recovery.apart import Apart
 from streaming.recovery.compare import DIGEST, first_differences
@@ -26,6 +27,7 @@ from streaming.recovery.generations import RecoveryError, drop, generations, swi
 from streaming.recovery.item_half import ItemHalf
 from streaming.recovery.lineage import chain
 from streaming.recovery.snapshots import save
+from streaming.recovery.user_half import UserHalf
 from streaming.state import Keys, Redis, RedisUserStore, connect, read_user
 from streaming.topics import Topics, partition_of
 from streaming.trainer import StepRecord
@@ -66,6 +68,12 @@ def test_weights_follow_one_line_of_steps() -> None:
     assert step(2, 5, 9, fork).identity != two.identity
     old = [StepRecord(1, 0, 0, 5, [5], 1), StepRecord(2, 1, 5, 9, [4], 1)]
     assert chain([old[0], *old, step(3, 9, 12, old[1])])[:2] == old  # type: ignore[index]
+
+
+def test_a_hole_in_the_log_ends_a_rebuild_in_words(settings: Settings) -> None:
+    """Records deleted between the look at where the logs begin and the fold: no traceback, and a step that works."""
+    with pytest.raises(RecoveryError, match=r"events\[0\] goes on at offset 3, folded is up to 0.*new namespace"):
+        UserHalf(settings)._apply(Part(0, 3, 4))
 
 
 def test_times_are_iso_or_seconds() -> None:

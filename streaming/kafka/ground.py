@@ -25,12 +25,36 @@ AT_HOME: Final = (
     "Point FRESHET_KAFKA (or FRESHET_REDIS) at the pair that belongs together. If this log is the one to go on with,"
     " `freshet rebuild --switch` folds it into the next generation"
 )
+ANEW: Final = "a new namespace (FRESHET_NAMESPACE), which begins empty"
+REPARTITIONED: Final = (
+    "The users of this log lie in the partitions of before, and no rebuild moves them. Next: with another number of"
+    f" partitions, {ANEW}"
+)
+TRIMMED: Final = (
+    "Next: `freshet rebuild --switch`, where `freshet snapshot list` (or a copy of that folder) has a snapshot that"
+    f" reaches beyond what is gone: it begins from there. Without one: {ANEW}"
+)
+HOLE: Final = (
+    "No rebuild folds over a hole. Next: `freshet snapshot restore NAME --switch` of a snapshot that ends beyond it, if"
+    f" there is one; else {ANEW}"
+)
 Bounds = Mapping[tuple[str, int], tuple[int, int]]
 """(topic, partition) -> its first offset and its end."""
 
 
 class GroundError(RuntimeError):
     """State and log do not belong together; the message says how that shows and names the next step."""
+
+
+def repartitioned(stored: str, now: str) -> bool:
+    """Whether the number of partitions changed under a log whose users lie where the old number put them."""
+    was, is_ = stored.split("/"), now.split("/")
+    return was[0] == is_[0] and was[1:2] != is_[1:2] and all(a == b for a, b in zip(was[2:3], is_[2:3], strict=False))
+
+
+def next_step(stored: str, now: str) -> str:
+    """Return what to do about state that was folded from another epoch."""
+    return REPARTITIONED if repartitioned(stored, now) else AT_HOME
 
 
 def stamped(epoch: str, codec: int) -> str:
@@ -67,7 +91,7 @@ class Ground:
         await self.check_epoch()
         difference = moved(stored, self.epoch)
         if difference:
-            raise GroundError(f"{what}: folded from {difference}. {AT_HOME}; nothing was written")
+            raise GroundError(f"{what}: folded from {difference}. {next_step(stored, self.epoch)}; nothing was written")
         for (topic, partition), following in applied.items():
             first, end = bounds[topic, partition]
             place = f"{topic}[{partition}]"
@@ -80,8 +104,7 @@ class Ground:
             if following < first:
                 raise GroundError(
                     f"{what}: folded up to offset {following}, but {place} begins at {first}:"
-                    f" {first - following} records were deleted before they were folded. `freshet snapshot restore`"
-                    f" one that reaches offset {first}; or `freshet rebuild --switch` folds what is left"
+                    f" {first - following} records were deleted before they were folded. {TRIMMED}"
                 )
 
     async def check_epoch(self) -> None:
@@ -96,7 +119,7 @@ class Ground:
                     raise GroundError(f"{error} It was there when this process began") from error
                 await asyncio.sleep(0.2)
         if difference := moved(self.epoch, now):
-            raise GroundError(f"under a running process, {difference}. {AT_HOME}")
+            raise GroundError(f"under a running process, {difference}. {next_step(self.epoch, now)}")
 
     async def watch(self) -> None:
         """Ask each second, for ever; raises GroundError. A broker that does not answer is no reason."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from infra.settings import Settings
 from models.examples import HoleError
+from streaming.kafka.ground import HOLE
 from streaming.recovery import cuts
 from streaming.recovery.apart import Advance, Apart, Here
 from streaming.recovery.cuts import Cut
@@ -69,10 +70,7 @@ class Folding:
             marks: dict[int, int] = await rows
             return marks
         except HoleError as error:
-            raise RecoveryError(
-                f"{error}: `examples` lost records, and rows cannot be folded over the hole. `freshet snapshot list`"
-                " shows what can be restored"
-            ) from error
+            raise RecoveryError(f"{error}: `examples` lost records. {HOLE}") from error
         finally:
             if not rows.done():
                 rows.cancel()

@@ -15,6 +15,7 @@ from typing import Any, Final
 from infra.settings import Settings
 from models.profile import canonical
 from streaming.dead_letters import set_aside
+from streaming.kafka.ground import HOLE
 from streaming.learn import GapError, Outcome, Part, UserFold, decode_part, rounds, users_of
 from streaming.recovery.compare import difference, digests, same
 from streaming.recovery.cuts import read_span, topics_of
@@ -78,13 +79,13 @@ class UserHalf:
     def _apply(self, part: Part) -> None:
         try:
             self._take(self._outcome(part))
-        except GapError:
+        except RecoveryError:
             raise
         except Exception:  # as the user agent does: one after the other, without those that raise
             for single in _singles(part):
                 try:
                     outcome = self._outcome(single)
-                except GapError:
+                except RecoveryError:
                     raise
                 except Exception as error:
                     self._skipped.append(f"skipped events[{part.partition}]@{single.first}: {error!r}")
@@ -93,7 +94,14 @@ class UserHalf:
 
     def _outcome(self, part: Part) -> Outcome:
         (users,) = users_of([part]).values()
-        return self._fold.fold([part], {part.partition: self.store.read_now(part.partition, users)})
+        read = self.store.read_now(part.partition, users)
+        try:
+            return self._fold.fold([part], {part.partition: read})
+        except GapError as error:
+            raise RecoveryError(
+                f"events[{part.partition}] goes on at offset {part.first}, folded is up to {read.applied}: the log lost"
+                f" what lies between. {HOLE}"
+            ) from error
 
     def _take(self, outcome: Outcome) -> None:
         (write,) = outcome.writes
