@@ -67,6 +67,12 @@ def test_every_environment_name_is_a_setting_with_a_good_value(name: str) -> Non
     assert volumes["state"] == loaded.data
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_what_must_be_the_same_everywhere_is_passed_on(name: str) -> None:
+    given = ("codec", "max_users", "max_items", "retention_days", "cors", "keys", "partitions", "namespace")
+    assert {PREFIX + setting.upper() for setting in given} <= set(service(name)["environment"])
+
+
 def test_the_api_is_published_on_loopback_at_the_default_port() -> None:
     environment = service("api")["environment"]
     port = Settings.load(env={}, running=False).port
