@@ -378,7 +378,12 @@ def _counting(future: asyncio.Future[Any], count: int) -> asyncio.Future[tuple[A
 
 
 async def _counted(future: asyncio.Future[Any], count: int) -> tuple[Any, int]:
-    return await future, count
+    try:
+        return await future, count
+    except asyncio.CancelledError:
+        if future.cancelled():  # by the client's own ending: to us a failed delivery, not a word to end
+            raise LogError("the producer gave the record up") from None
+        raise
 
 
 class TokenError(ValueError):

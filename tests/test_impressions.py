@@ -16,9 +16,10 @@ from infra.kafka import Broker
 from infra.settings import Settings
 from models.examples import Shown, item_hash
 from models.ranker import F
+from serving.app import _always
 from serving.slates import Impressions
 from streaming.events import Impression, decode
-from streaming.topics import Topics, create_topics, partition_of
+from streaming.topics import LogError, Topics, _counted, create_topics, partition_of
 from tests.hand import Hand
 from tests.test_api import PARTITIONS, compiled, event, seeded, serving, settings_with, until
 
@@ -166,3 +167,34 @@ async def _without_kafka(client: httpx.AsyncClient, parts: Any) -> None:
     assert (await client.post("/v1/events", json=event())).status_code == 503
     assert time.perf_counter() - began < 0.5
     assert (await client.get("/health/ready")).status_code == 503
+
+
+async def test_a_library_cannot_end_what_must_run_always() -> None:
+    """aiokafka cancels tasks of its own and waits for them; whoever waits with it is not told to end by that."""
+    begun = 0
+
+    async def work() -> None:
+        nonlocal begun
+        begun += 1
+        foreign = asyncio.create_task(asyncio.sleep(60))
+        foreign.cancel()
+        if begun == 1:
+            await foreign
+        if begun == 2:
+            raise OSError("gone")
+        await asyncio.sleep(60)
+
+    task = asyncio.create_task(_always("work", work))
+    await until(lambda: begun == 3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_delivery_that_the_producer_gave_up_is_a_failed_one() -> None:
+    future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(_counted(future, 1))
+    await asyncio.sleep(0)
+    future.cancel()
+    with pytest.raises(LogError, match="gave the record up"):
+        await waiting
