@@ -211,7 +211,9 @@ class Settings:
     )
     retention_inlets_days: int = _setting(7, _int(1, 3650), "Days that the inlet topics keep their records.")
     retention_days: int = _setting(
-        0, _int(0, 36500), "Days that `events` and `examples` keep their records once a snapshot holds them; 0: all."
+        0,
+        _int(0, 36500),
+        "Days that `events`, `examples` and `steps` keep their records once a snapshot holds them; 0: all.",
     )
     disk_cap_gb: float = _setting(20.0, _float(0.1, 1e6), "Size of the data folder above which `up` warns.")
     token_wait_ms: int = _setting(250, _int(0, 2000), "How long a lookup with `after` waits when it does not say.")

@@ -86,6 +86,9 @@ def table(told: dict[str, Any]) -> Any:
         "[bold]API[/]", told["api"]["address"], "[green]ready[/]" if told["api"]["ready"] else "[red]not ready[/]"
     )
     head.add_row("[bold]data[/]", told["data"], f"{told['data_mb']} MB")
+    if isinstance(told["state"], dict) and (count := told["state"].get("dead_letters")) is not None:
+        said = f"[yellow]{count:,} records[/]; `freshet dead-letters list` tells why" if count else "none"
+        head.add_row("[bold]dead letters[/]", said)
     rows = Table(box=None, header_style="bold")
     for column in ("process", "pid", "memory MB", "CPU s"):
         rows.add_column(column, justify="left" if column == "process" else "right")

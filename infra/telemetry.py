@@ -70,6 +70,9 @@ BAD = Series("freshet_snapshot_bad", "gauge", "Values in Redis that this process
 UNREADABLE = Series(
     "freshet_profiles_unreadable_total", "counter", "Reads of a profile whose bytes no codec here reads."
 )  # fmt: skip
+DEAD_LETTERS = Series(
+    "freshet_dead_letters", "gauge", "Records in the topic dead-letters: letters and the marks of replays."
+)  # fmt: skip
 EVENT_SKEW = Series(
     "freshet_event_skew_seconds", "histogram", "Time of acceptance less an event's own ts: a producer's clock.", (),
     (-300.0, -60.0, -10.0, -1.0, 0.0, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0, 604800.0),

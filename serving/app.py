@@ -39,10 +39,11 @@ from serving.parts import Parts
 from serving.slates import Impressions
 from serving.snapshot import Live, Snapshot
 from streaming.state import connect
-from streaming.topics import Log, LogError, Topics, TopicsError, preflight
+from streaming.topics import Ends, Log, LogError, Topics, TopicsError, preflight
 
 LOOKUP_TIMEOUT_S = 0.5
 PING_S = 2.0
+ENDS_S = 5.0
 CONNECT_S = 10.0
 MAX_CONNECTIONS = 2048
 _STARTUP_FAILED = 3  # uvicorn's exit code for a lifespan that raised
@@ -116,7 +117,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
     parts.snapshot.start()
     parts.impressions.start()
     background = {
-        "log": keep_log(parts), "warm": _warm(parts), "ready": _tell_ready(parts),
+        "log": keep_log(parts), "ends": watch_ends(parts), "warm": _warm(parts), "ready": _tell_ready(parts),
         "delay": parts.overload.watch_loop(), "lag": parts.overload.watch_lag(),
     }  # fmt: skip
     tasks = [asyncio.create_task(work, name=name) for name, work in background.items()]
@@ -166,6 +167,24 @@ async def keep_log(parts: Parts) -> None:
             started = silent = False
             await _dropped(parts.log)
         await asyncio.sleep(PING_S if started else 0.5)
+
+
+async def watch_ends(parts: Parts) -> None:
+    """Ask every few seconds where `events` and `dead-letters` end; what was last told stays while Kafka is away."""
+    ask, dead, events = Ends(parts.settings.kafka), (parts.topics.dead_letters, 0), parts.topics.events
+    try:
+        while True:
+            if not parts.log_problem:
+                with contextlib.suppress(LogError, OSError, TimeoutError, RuntimeError):
+                    noted = dict(parts.overload.ends)
+                    async with asyncio.timeout(2 * ENDS_S):  # twice what a request of it may take
+                        found = await ask([dead, *((events, p) for p in range(parts.topics.partitions))])
+                    parts.dead_letters = found.pop(dead)
+                    parts.overload.at_most({partition: end for (_, partition), end in found.items()}, noted)
+            await asyncio.sleep(ENDS_S if parts.dead_letters is not None else 0.5)
+    finally:
+        with contextlib.suppress(LogError, OSError, TimeoutError, RuntimeError):
+            await ask.stop()
 
 
 async def _dropped(producer: Log) -> None:

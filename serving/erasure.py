@@ -34,6 +34,8 @@ class Receipt(msgspec.Struct):
     inlets: Kept
     dead_letters: Kept
     snapshots: Kept
+    logs: Kept
+    cap: Kept
 
 
 async def delete_user(parts: Parts, request: Request) -> Response:
@@ -58,8 +60,13 @@ def receipt(user: str, token: str, now: float, settings: Settings) -> Receipt:
         if days
         else Kept("kept with the log: set FRESHET_RETENTION_DAYS and save snapshots to have them removed"),
         Kept("removed by the retention of the inlets", _date(now, settings.retention_inlets_days)),
-        Kept("events that could not be used are kept; find them with `freshet dead-letters list`"),
+        Kept("originals of events that could not be used are kept, with the id in them; reasons name it by a short"
+             " hash but quote what was refused; find them with `freshet dead-letters list`"),
         Kept("those saved before now hold the profile until their folder is deleted; restoring one erases it again"),
+        Kept(f"lines about single users name them {events.short(user)}, not by id; a traceback may hold more of the"
+             " event; of the local stack the newest 16 MB of each process are kept"),
+        Kept("that the user was erased is itself forgotten once FRESHET_MAX_USERS more recent users push the ended"
+             " profile out: an older event that comes after that starts a new one"),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from infra.telemetry import (
     BUFFER_BOUND,
     BUFFER_USED,
     CONTENT_TYPE,
+    DEAD_LETTERS,
     FOLD_LAG,
     KEPT,
     KEPT_BOUND,
@@ -73,6 +74,8 @@ async def metrics(parts: Parts, request: Request) -> Response:
     telemetry.set(SNAPSHOT_POSITION, snapshot.live.model_position, feed="model")
     telemetry.set(SNAPSHOT_ROWS, snapshot.live.items.rows.known, feed="items")
     telemetry.set(BAD, len(snapshot.live.bad))
+    if parts.dead_letters is not None:
+        telemetry.set(DEAD_LETTERS, parts.dead_letters)
     await _set_sizes(parts)
     telemetry.set(LOOP_DELAY, parts.overload.delay_s)
     for fold, behind in parts.overload.lag.items():
@@ -156,6 +159,7 @@ def state_of(parts: Parts) -> dict[str, Any]:
         "ready": not not_ready(parts),
         "reasons": not_ready(parts),
         "degraded": parts.snapshot.degraded,
+        "dead_letters": parts.dead_letters,
         "snapshot": parts.snapshot.state(),
         "impressions": {
             "waiting": len(impressions), "limit": parts.settings.impression_buffer, "appended": impressions.appended,

@@ -132,6 +132,15 @@ class Overload:
         for partition, offset in last.items():
             self.ends[partition] = max(self.ends.get(partition, 0), offset + 1)
 
+    def at_most(self, ends: Mapping[int, int], noted: Mapping[int, int]) -> None:
+        """Forget what lay, before Kafka was asked, beyond the ends that it tells: the topic was deleted and made again.
+
+        Not seen from what is acknowledged alone: the lag that the old ends make refuses whatever would be.
+        """
+        for partition, end in ends.items():
+            if noted.get(partition, 0) > end:
+                self.ends[partition] = end
+
     async def watch_loop(self) -> None:
         """Measure how late this process's event loop is, for as long as it runs."""
         while True:

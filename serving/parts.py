@@ -18,6 +18,7 @@ from serving.keys import KeyRing
 from serving.overload import Overload
 from serving.slates import Impressions
 from serving.snapshot import Snapshot
+from streaming.events import short
 from streaming.topics import Log, Topics
 
 MAX_NAMED: Final = 100
@@ -42,11 +43,13 @@ class Parts:
     """Reads of profiles that no codec here reads, by user; at most MAX_NAMED users are named."""
     log_problem: str = "not connected yet"
     warm: bool = False
+    dead_letters: int | None = None
+    """Records in the topic dead-letters, as last asked; None until Kafka told."""
 
     def cannot_read(self, user: str, error: Exception) -> None:
         """Count a stored profile that no codec here reads, and name its user while there is room."""
         self.telemetry.count(UNREADABLE)
         if user in self.unreadable or len(self.unreadable) < MAX_NAMED:
             if user not in self.unreadable:
-                log.error("profile of %r: %s; served as unknown. Next: freshet rebuild --switch", user[:80], error)
+                log.error("profile of %s: %s; served as unknown. Next: freshet rebuild --switch", short(user), error)
             self.unreadable[user] += 1

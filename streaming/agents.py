@@ -19,7 +19,7 @@ from models.profile import FutureCodecError
 from streaming import consumer
 from streaming.consumer import TP, Batch, Bounds
 from streaming.dead_letters import DeadLetters
-from streaming.events import Event, EventError, encode, parse_inlet, subject
+from streaming.events import Event, EventError, encode, parse_inlet, short, subject
 from streaming.kafka.ground import HOLE, Ground
 from streaming.learn import Dead, GapError, Outcome, Part, UserFold, decode_part, rounds, users_of
 from streaming.state import RedisUserStore, persist
@@ -44,12 +44,12 @@ def poison_reason(user: str, error: Exception) -> str:
     """Return why an event cannot be folded, with the next step."""
     if isinstance(error, CodecError):
         return (
-            f"the stored profile of user {user!r} cannot be read ({error}). Next: `freshet rebuild --switch` makes it"
-            " again from the log, then `freshet dead-letters replay` brings this event back"
+            f"the stored profile of user {short(user)} cannot be read ({error}). Next: `freshet rebuild --switch` makes"
+            " it again from the log, then `freshet dead-letters replay` brings this event back"
         )
     return (
-        f"its fold raised {type(error).__name__} {TRIES} times, on profile and event of user {user!r}. Next: report the"
-        " traceback; with a build that has the fix, `freshet dead-letters replay` brings this event back.\n"
+        f"its fold raised {type(error).__name__} {TRIES} times, on profile and event of user {short(user)}. Next:"
+        " report the traceback; with a build that has the fix, `freshet dead-letters replay` brings this event back.\n"
         + last_lines(error)
     )
 
@@ -115,7 +115,7 @@ class UserAgent:
             return
         (user,), event, at = part.subjects(), part.events[0], part.offsets[0]
         dead = Dead(self._topics.events, part.partition, at, poison_reason(user, error), encode(event))
-        log.error("events[%d]@%d is set aside: %s", part.partition, at, dead.reason)
+        log.error("events[%d]@%d is set aside, of user %s: %r", part.partition, at, short(user), type(error).__name__)
         await self._dead.send([dead])
         self._progress.poisoned += 1
         self._progress.dead += 1

@@ -16,7 +16,7 @@ from infra.settings import Settings
 from infra.stack import Stack
 from models.profile import unpack
 from serving.snapshot import Snapshot
-from streaming.events import Click, Item, encode
+from streaming.events import Click, Item, encode, short
 from streaming.item_agent import ItemAgent
 from streaming.kafka.ground import Ground
 from streaming.rebuild import log_ends, rebuild, refuse_while_workers_run, verify
@@ -215,6 +215,9 @@ async def erased_as_seen_from_outside(http: httpx.AsyncClient) -> None:
     assert "kept with the log" in receipt["raw_events"]["rule"]
     assert receipt["raw_events"]["until"] is None
     assert receipt["inlets"]["until"].startswith("20")
+    assert short("gone-0") in receipt["logs"]["rule"]
+    assert "FRESHET_MAX_USERS" in receipt["cap"]["rule"]
+    assert "originals" in receipt["dead_letters"]["rule"]
     slate = await http.get(f"/v1/recommendations/gone-0?after={receipt['token']}&wait_ms=2000&track=false")
     assert slate.json()["applied"] is True
     assert slate.json()["items"]

@@ -16,7 +16,9 @@ from infra.settings import Settings
 from serving import overload
 from serving.app import create_app, warm
 from serving.parts import Parts
+from streaming.dead_letters import DeadLetters
 from streaming.events import Click
+from streaming.learn import Dead
 from streaming.topics import partition_of
 from tests.hand import Hand
 
@@ -90,6 +92,22 @@ async def test_events_are_shed_while_the_folds_are_behind_and_lookups_go_on(
     assert sum(read.applied for read in reads.values()) == 0
     monkeypatch.setattr(overload, "MAX_LAG", 20)
     assert (await client.post("/v1/events", json=_clicks(1, "again"))).status_code == 202
+
+
+async def test_ends_of_a_topic_that_was_made_again_are_forgotten_and_dead_letters_are_told(
+    api: tuple[httpx.AsyncClient, Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, parts = api
+    await _until(lambda: parts.dead_letters == 0)
+    parts.overload.ends = {0: 500_000}  # as the topic of before had left it
+    monkeypatch.setattr("serving.app.ENDS_S", 1.0)
+    await DeadLetters(parts.log, parts.topics).send([Dead(parts.topics.events, 0, 7, "a reason", b"bytes")])
+    await _until(lambda: parts.dead_letters == 1)
+    await _until(lambda: parts.overload.ends == {0: 0} and not any(parts.overload.lag.values()))
+    assert (await client.post("/v1/events", json=_clicks(20))).status_code == 202
+    assert sum(parts.overload.ends.values()) == 20
+    assert (await client.get("/-/state")).json()["dead_letters"] == 1
+    assert "freshet_dead_letters 1.0" in (await client.get("/metrics")).text
 
 
 async def test_every_buffer_refuses_beyond_its_bound_and_shows_in_the_metrics(
