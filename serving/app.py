@@ -172,18 +172,23 @@ async def keep_log(parts: Parts) -> None:
 async def watch_ends(parts: Parts) -> None:
     """Ask every few seconds where `events` and `dead-letters` end; what was last told stays while Kafka is away."""
     ask, dead, events = Ends(parts.settings.kafka), (parts.topics.dead_letters, 0), parts.topics.events
+    away = (LogError, OSError, TimeoutError, RuntimeError)
     try:
         while True:
             if not parts.log_problem:
-                with contextlib.suppress(LogError, OSError, TimeoutError, RuntimeError):
-                    noted = dict(parts.overload.ends)
+                noted = dict(parts.overload.ends)
+                try:
                     async with asyncio.timeout(2 * ENDS_S):  # twice what a request of it may take
                         found = await ask([dead, *((events, p) for p in range(parts.topics.partitions))])
                     parts.dead_letters = found.pop(dead)
                     parts.overload.at_most({partition: end for (_, partition), end in found.items()}, noted)
+                except away as error:
+                    log.debug("ends: %s: %s", type(error).__name__, error)
+                    with contextlib.suppress(*away):  # the next time over a new connection, whatever this one waits for
+                        await ask.stop()
             await asyncio.sleep(ENDS_S if parts.dead_letters is not None else 0.5)
     finally:
-        with contextlib.suppress(LogError, OSError, TimeoutError, RuntimeError):
+        with contextlib.suppress(*away):
             await ask.stop()
 
 
