@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import numpy as np
 import uvicorn
@@ -116,11 +116,12 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
     await _check_topics(parts)
     parts.snapshot.start()
     parts.impressions.start()
-    background = {
-        "log": keep_log(parts), "ends": watch_ends(parts), "warm": _warm(parts), "ready": _tell_ready(parts),
-        "delay": parts.overload.watch_loop(), "lag": parts.overload.watch_lag(),
+    always: dict[str, Callable[[], Awaitable[None]]] = {
+        "log": lambda: keep_log(parts), "ends": lambda: watch_ends(parts), "delay": parts.overload.watch_loop,
+        "lag": parts.overload.watch_lag,
     }  # fmt: skip
-    tasks = [asyncio.create_task(work, name=name) for name, work in background.items()]
+    tasks = [asyncio.create_task(_always(name, work), name=name) for name, work in always.items()]
+    tasks += [asyncio.create_task(_warm(parts), name="warm"), asyncio.create_task(_tell_ready(parts), name="ready")]
     try:
         yield
     finally:
@@ -193,10 +194,30 @@ async def watch_ends(parts: Parts) -> None:
 
 
 async def _dropped(producer: Log) -> None:
-    """Give a producer up, however that goes: what it held is refused, and sent again by its clients."""
-    with contextlib.suppress(LogError, OSError, TimeoutError, RuntimeError):
-        async with asyncio.timeout(PING_S):
-            await producer.drop()
+    """Give a producer up, however that goes: what it held is refused, and sent again by its clients.
+
+    In a task of its own: aiokafka cancels its sender and waits for it, and that cancellation would end the waiting task
+    as if somebody had told it to end.
+    """
+    task = asyncio.create_task(producer.drop(), name="drop")
+    await asyncio.wait({task}, timeout=PING_S)
+    task.cancel()
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+async def _always(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Run what must run as long as the process does: begin again where it ended without having been told to."""
+    while True:
+        try:
+            await work()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            log.error("%s was cancelled by a library; it begins again", name)
+        except Exception:
+            log.exception("%s failed; it begins again", name)
+        await asyncio.sleep(0.5)
 
 
 async def _warm(parts: Parts) -> None:
