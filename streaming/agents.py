@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
-from infra.settings import Settings
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
 from models.examples import CodecError
 from models.profile import FutureCodecError
@@ -259,8 +258,3 @@ def attach(app: Any, topic: str, run: Callable[[AsyncIterator[Batch]], Any]) -> 
         await run(consumer.batches(stream, MICRO_BATCH))
 
     app.agent(consumer.bytes_topic(app, topic), name=topic, concurrency=1)(agent)
-
-
-def topics_of(settings: Settings) -> Topics:
-    """Return the topics of these settings."""
-    return Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))

@@ -20,14 +20,14 @@ from streaming.kafka.ground import REPARTITIONED, repartitioned, stamped
 from streaming.recovery import cuts, lineage
 from streaming.recovery.apart import Advance
 from streaming.recovery.compare import first_differences
-from streaming.recovery.cuts import Cut, topics_of
+from streaming.recovery.cuts import Cut
 from streaming.recovery.folding import Folding, folding, now
 from streaming.recovery.generations import About, RecoveryError, finish, register
 from streaming.recovery.generations import switch as switch_to
 from streaming.recovery.lineage import MemoryModel
 from streaming.recovery.snapshots import Manifest, base_for, check, find, load_weights
 from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, connect, live_keys, read_metrics
-from streaming.topics import Topics, end_offsets, epoch, moved, preflight
+from streaming.topics import Topics, end_offsets, epoch, moved, preflight, topics_of
 from streaming.trainer import Trainer
 
 QUIET_S: Final = 4.0

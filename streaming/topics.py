@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -23,6 +23,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, for_code
 from aiokafka.partitioner import murmur2
 
+from infra.settings import Settings
 from streaming.kafka.address import client_options as client_options
 from streaming.kafka.metadata import MetadataOf, uuid_text
 
@@ -101,6 +102,11 @@ class Topics:
             self.dead_letters: (1, kept),
             **{self.inlet(name): (self.partitions, inlets) for name in INLETS},
         }
+
+
+def topics_of(settings: Settings) -> Topics:
+    """Return the topics of these settings."""
+    return Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
 
 
 @lru_cache(maxsize=65_536)
@@ -219,24 +225,33 @@ async def topic_end(bootstrap: str, topic: str) -> int:
 
 
 async def read_topic(bootstrap: str, topic: str, ends: dict[int, int]) -> AsyncIterator[tuple[int, list[Any]]]:
-    """Yield (partition, records) of a topic from offset 0 up to, not including, `ends`."""
-    left = {TopicPartition(topic, p): end for p, end in ends.items() if end > 0}
+    """Yield (partition, records) of a topic from its beginning up to, not including, `ends`."""
+    async for found in read_span(bootstrap, topic, {p: (0, end) for p, end in ends.items()}, reset="earliest"):
+        yield found
+
+
+async def read_span(
+    bootstrap: str, topic: str, spans: Mapping[int, tuple[int, int]], *, reset: str = "none"
+) -> AsyncIterator[tuple[int, list[Any]]]:
+    """Yield (partition, records) of a topic within [first, end) by partition.
+
+    Where `first` is there no more, "none" raises what Kafka's client raises and "earliest" goes on from what is.
+    """
+    left = {TopicPartition(topic, p): end for p, (first, end) in spans.items() if end > first}
     if not left:
         return
     consumer = AIOKafkaConsumer(
-        **client_options(bootstrap),
-        auto_offset_reset="earliest",
-        fetch_max_bytes=8 << 20,
-        max_partition_fetch_bytes=2 << 20,
-    )
+        **client_options(bootstrap), auto_offset_reset=reset, fetch_max_bytes=16 << 20,
+        max_partition_fetch_bytes=4 << 20,
+    )  # fmt: skip
     await consumer.start()
     try:
         consumer.assign(list(left))
         for tp in left:
-            consumer.seek(tp, 0)
+            consumer.seek(tp, spans[tp.partition][0])
         while left:
             for tp, records in (await consumer.getmany(*left, timeout_ms=1000)).items():
-                wanted = [record for record in records if record.offset < left[tp]]
+                wanted = records if records[-1].offset < left[tp] else [r for r in records if r.offset < left[tp]]
                 if wanted:
                     yield tp.partition, wanted
                 if records[-1].offset >= left[tp] - 1:

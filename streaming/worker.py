@@ -22,7 +22,7 @@ from models.items import Items
 from models.profile import Profiles
 from models.rows import Rows
 from streaming import consumer
-from streaming.agents import UserAgent, attach, inlet_agents, topics_of
+from streaming.agents import UserAgent, attach, inlet_agents
 from streaming.consumer import TP, Bounds, Seek
 from streaming.events import Alias, Click, Weights, encode
 from streaming.item_agent import ItemAgent
@@ -32,7 +32,7 @@ from streaming.learn import UserFold, decode_part
 from streaming.recovery.generations import moved
 from streaming.state import ItemStore, MemoryUserStore, RedisUserStore, connect, live_keys
 from streaming.supervision import LoopGuard, Progress, Watchdog, leave, report
-from streaming.topics import Ends, Log, LogError, TopicsError
+from streaming.topics import Ends, Log, LogError, TopicsError, topics_of
 from streaming.users.embeddings import LiveEmbeddings
 
 log = logging.getLogger(__name__)

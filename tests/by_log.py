@@ -17,9 +17,9 @@ from models.rows import BEHAVIOUR
 from streaming.events import Click, Event, encode
 from streaming.item_agent import ItemAgent
 from streaming.learn import Part, UserFold, decode_part, rounds, users_of
-from streaming.recovery.cuts import ends, read_span, topics_of
+from streaming.recovery.cuts import ends
 from streaming.state import ItemStore, Keys, ModelStore, RedisUserStore, connect
-from streaming.topics import Log, epoch, partition_of
+from streaming.topics import Log, epoch, partition_of, read_span, topics_of
 from streaming.trainer import Trainer
 
 

@@ -27,12 +27,11 @@ from infra.settings import Settings
 from infra.telemetry import EXIT_AGAIN
 from models.profile import unpack
 from streaming import consumer
-from streaming.agents import topics_of
 from streaming.consumer import TP
 from streaming.events import Click, encode
 from streaming.state import Keys, RedisUserStore, connect, read_user
 from streaming.supervision import STALLED_S
-from streaming.topics import Log, create_topics, partition_of
+from streaming.topics import Log, create_topics, partition_of, topics_of
 from tests.forked import Roles, warm
 
 HANGS = "a rebalance hangs"

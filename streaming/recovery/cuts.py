@@ -7,14 +7,14 @@ events between would never be derived, and the next record would leave a hole.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from infra.settings import Settings
-from streaming.topics import Topics, client_options
+from streaming.topics import client_options, topics_of
 
 Place = tuple[str, int]
 
@@ -27,11 +27,6 @@ class Cut:
     examples: int = 0
     items: int = 0
     steps: int = 0
-
-
-def topics_of(settings: Settings) -> Topics:
-    """Return the topics of these settings (streaming/agents.py has the same, and faust behind it)."""
-    return Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
 
 
 async def _ask(settings: Settings, ask: Any) -> Any:
@@ -79,30 +74,3 @@ async def begins(settings: Settings) -> Cut:
         return found
 
     return _cut(settings, await _ask(settings, ask))
-
-
-async def read_span(
-    kafka: str, topic: str, spans: Mapping[int, tuple[int, int]]
-) -> AsyncIterator[tuple[int, list[Any]]]:
-    """Yield (partition, records) of a topic within [first, end) by partition."""
-    left = {TopicPartition(topic, p): end for p, (first, end) in spans.items() if end > first}
-    if not left:
-        return
-    consumer = AIOKafkaConsumer(
-        **client_options(kafka), auto_offset_reset="none", fetch_max_bytes=16 << 20,
-        max_partition_fetch_bytes=4 << 20,
-    )  # fmt: skip
-    await consumer.start()
-    try:
-        consumer.assign(list(left))
-        for tp in left:
-            consumer.seek(tp, spans[tp.partition][0])
-        while left:
-            for tp, records in (await consumer.getmany(*left, timeout_ms=1000)).items():
-                wanted = records if records[-1].offset < left[tp] else [r for r in records if r.offset < left[tp]]
-                if wanted:
-                    yield tp.partition, wanted
-                if records[-1].offset >= left[tp] - 1:
-                    del left[tp]
-    finally:
-        await consumer.stop()

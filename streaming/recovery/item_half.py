@@ -20,11 +20,11 @@ from models.items import Items
 from streaming.events import EventError, decode_item, item_key
 from streaming.item_agent import ItemAgent
 from streaming.recovery.compare import differences, digests
-from streaming.recovery.cuts import read_span, topics_of
 from streaming.recovery.files import read_records, write_records
 from streaming.recovery.generations import RecoveryError
 from streaming.state import ItemStore, Keys, connect
 from streaming.supervision import TRIES
+from streaming.topics import read_span, topics_of
 
 Advance = Callable[[str, int, int], None]
 WRITE: Final = 1000

@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 
 from infra.settings import Settings
-from streaming.recovery.cuts import read_span, topics_of
 from streaming.recovery.generations import RecoveryError
 from streaming.state import Keys
+from streaming.topics import read_span, topics_of
 from streaming.trainer import LearntStore, StepRecord, Trainer
 
 Advance = Callable[[str, int, int], None]

@@ -13,12 +13,12 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from infra.settings import Settings
 from streaming.recovery import cuts
-from streaming.recovery.cuts import Cut, topics_of
+from streaming.recovery.cuts import Cut
 from streaming.recovery.generations import RecoveryError
 from streaming.recovery.lineage import window
 from streaming.recovery.snapshots import Manifest
 from streaming.state import ItemStore, Keys, ModelStore, RedisUserStore, connect, live_keys
-from streaming.topics import client_options
+from streaming.topics import client_options, topics_of
 
 DAY_S = 86_400.0
 

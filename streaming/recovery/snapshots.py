@@ -23,13 +23,13 @@ import msgspec
 from infra.settings import Settings
 from streaming.recovery import cuts
 from streaming.recovery.apart import Advance
-from streaming.recovery.cuts import Cut, topics_of
+from streaming.recovery.cuts import Cut
 from streaming.recovery.files import checksum, read_records, write_records
 from streaming.recovery.folding import folding, now
 from streaming.recovery.generations import RecoveryError
 from streaming.recovery.lineage import MemoryModel
 from streaming.state import ModelStore, connect, live_keys
-from streaming.topics import epoch, moved, preflight
+from streaming.topics import epoch, moved, preflight, topics_of
 
 MANIFEST = "manifest.json"
 NAMED = 20

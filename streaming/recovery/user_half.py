@@ -18,10 +18,10 @@ from streaming.dead_letters import set_aside
 from streaming.kafka.ground import HOLE
 from streaming.learn import GapError, Outcome, Part, UserFold, decode_part, rounds, users_of
 from streaming.recovery.compare import difference, digests, same
-from streaming.recovery.cuts import read_span, topics_of
 from streaming.recovery.files import read_records, write_records
 from streaming.recovery.generations import RecoveryError
 from streaming.state import Keys, RedisUserStore, UserWrite, connect
+from streaming.topics import read_span, topics_of
 from streaming.users.memory import MemoryUserStore
 
 Advance = Callable[[str, int, int], None]
