@@ -11,7 +11,8 @@ Files in the order in which one event travels through them:
     item_fold     records of `examples` into items, and which items leave
     factors       item vectors, biases, and what they say of a sequence
     encoder       the step that trains them (torch, lazily)
-    ranker        named features and the linear ranker
+    features      named features of (user, item, now)
+    ranker        linear model and network over them, listwise
     model         everything learnt that scoring needs, in one object
     learner       the fold over `examples` that moves the model
     retrieval     candidates of each channel

@@ -23,8 +23,8 @@ from models.decay import Popularity, add, at_time, grown, popularities
 from models.encoder import RECENT, Encoder
 from models.examples import ENTERS, IMPRESSION, VIEW, CodecError, Entries, Shown
 from models.factors import POSITIONS, cut, fitted, mix64, pack_named, read_rows, unpack_named, whole
+from models.features import F
 from models.model import STATE_FORM, STATE_ROW, Model
-from models.ranker import F
 from models.rows import LEARNT, Rows
 
 MIXTURE_RATE: Final = 0.002

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from models.decay import GRID
 from models.examples import CodecError
 from models.factors import DIM, Factors, fitted, pack_named, read_rows, unpack_named, whole
-from models.ranker import FEATURES, Ranker
+from models.ranker import Ranker
 from models.rows import LEARNT, Rows
 
 STATE_ROW: Final = np.dtype(
@@ -46,41 +46,27 @@ class Model:
 
     def dense(self) -> dict[str, Any]:
         """Return everything that is not per item, by name."""
-        factors, ranker = self.factors, self.ranker
+        factors = self.factors
         return {
-            "step": self.step, "features": list(FEATURES), "mixture": self.mixture,
-            "positions": factors.positions, "start": factors.start, "both": factors.both,
-            "ranker": ranker.weights, "ranker_squares": ranker.squares, "mean": ranker.mean,
-            "variance": ranker.variance, "lists": ranker.lists,
+            "step": self.step, "mixture": self.mixture, "positions": factors.positions, "start": factors.start,
+            "both": factors.both, **self.ranker.state(),
         }  # fmt: skip
 
     def set_dense(self, values: dict[str, Any]) -> None:
-        """Copy named values into the weights; ranker weights go by feature name, new ones keep their birth value.
+        """Copy named values into the weights; of the ranker, what was not stored keeps its birth value.
 
         Raises CodecError where one is missing or of another shape, and changes nothing then.
         """
-        factors, ranker = self.factors, self.ranker
-        step, names = whole(values, "step"), values.get("features")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise CodecError(f"dense weights: features: expected a list of names, got {names!r:.80}")
+        factors = self.factors
         targets: dict[str, NDArray[Any]] = {
             "mixture": self.mixture, "positions": factors.positions, "start": factors.start, "both": factors.both,
-            "lists": ranker.lists,
         }  # fmt: skip
-        found = {name: fitted(values, name, target) for name, target in targets.items()}
-        by_feature = {
-            "ranker": ranker.weights, "ranker_squares": ranker.squares, "mean": ranker.mean,
-            "variance": ranker.variance,
-        }  # fmt: skip
-        columns = {name: fitted(values, name, np.empty(len(names), to.dtype)) for name, to in by_feature.items()}
+        step, found = whole(values, "step"), {name: fitted(values, name, to) for name, to in targets.items()}
+        ranker = self.ranker.read_state(values)
         self.step = step
         for name, target in targets.items():
             target[...] = found[name]
-        stored = {name: i for i, name in enumerate(names)}
-        for place, name in enumerate(FEATURES):
-            if name in stored:
-                for column, target in by_feature.items():
-                    target[place] = columns[column][stored[name]]
+        self.ranker.set_state(ranker)
 
     def dense_bytes(self) -> bytes:
         """Pack everything that is not per item."""

@@ -1,239 +1,253 @@
-"""Named features of (user, item, now) and the online linear ranker over them. Knows nothing about retrieval.
+"""The online ranker: a linear model and a small network over the same normalised features; the better one scores.
 
-    score(y) = sum_f w_f clip((x_f(y) - mean_f) / sd_f, -5, 5)
+    z_f(y)     = clip((x_f(y) - mean_f) / sd_f, -5, 5)
+    linear(y)  = sum_f w_f z_f
+    network(y) = sum_f s_f z_f + sum_j v_j relu(b_j + sum_f H_fj z_f),   j < 32
 
-Listwise softmax over a slate's logged candidates, Adagrad .05; running mean and variance at rate max(1/n, 5e-4).
-A feature of an item does not depend on the other candidates. "Lift" is the log of a smoothed conditional probability
-over the prior: log((c / prior + 5) / (sum + 5)).
+Both take one listwise softmax step on every list, Adagrad .05; mean and variance run at rate max(1/n, 5e-4). Which one
+scores is decided by their prequential losses (each list is scored before it is learnt), smoothed over about 500 lists:
+a young network does worse and waits. An item's score does not depend on the other candidates: rows are computed one by
+one, without a matrix library, whose sums depend on the shape. Knows nothing about what the features mean.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from models.decay import NAMES, popularities
+from models.examples import CodecError
+from models.factors import fitted
+from models.features import FEATURES, LOG_PRIOR, LOG_TRANSITION, F
 
-FEATURES: Final = (
-    *(f"log_popularity_{name}" for name in NAMES),
-    "log_prior",
-    "log_count",
-    "lift_a0",
-    "lift_a1",
-    "lift_b0",
-    "lift_b1",
-    "lift_b2",
-    "lift_b",
-    "encoder",
-    "similarity_0",
-    "similarity_1",
-    "log_transition",
-    "log_age",
-    "log_idle",
-    "own_count",
-    "own_recency",
-    "log_history",
-    "log_gap",
-    "lift_a0_in_session",
-    "own_count_in_session",
-    "log_transition_in_session",
-    "log_prior_by_history",
-)
-F: Final = len(FEATURES)
-LOG_PRIOR: Final = FEATURES.index("log_prior")
-LOG_TRANSITION: Final = FEATURES.index("log_transition")
-RATE: Final = 0.05
-CLIP: Final = 5.0
+HIDDEN: Final = 32
+STEP: Final = 0.05
+"""Adagrad's learning rate."""
 SLOWEST: Final = 5e-4
-SESSION_S: Final = 3600.0
+LOSS_RATE: Final = 2e-3
+SQUARE: Final = 1e-2
+"""Where Adagrad's sums of squares start."""
+_BIRTH_SEED: Final = 7
 
-F16 = NDArray[np.float16]
-F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
-
-
-@njit(cache=True, fastmath={"reassoc", "contract"})
-def dot(a, b):  # type: ignore[no-untyped-def]
-    """Return the dot product of two f32 vectors, as vector code (10 x faster); for scoring only, never in a fold."""
-    s = np.float32(0.0)
-    for j in range(len(a)):
-        s += a[j] * b[j]
-    return s
 
 
 @njit(cache=True)
-def _spread(place, items, weights, row, column, factor, out):  # type: ignore[no-untyped-def]
-    """Add factor x the weights of one neighbour list to a column, for the candidates that are in it."""
-    for k in range(items.shape[1]):
-        item = items[row, k]
-        if item < 0:
-            break
-        if place[item] >= 0:
-            out[place[item], column] += factor * weights[row, k]
-
-
-@njit(cache=True)
-def _lift(count, total, prior):  # type: ignore[no-untyped-def]
-    return math.log((count / prior + 5.0) / (total + 5.0))
-
-
-@njit(cache=True)
-def features(rows, place, history, times, now, items, born, cells_now, scale, totals, known, mixture, vectors, bias, q, out):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
-    """Fill out f64[m, F] with the features of candidate rows i64[m].
-
-    `place` i32[n] is -1 everywhere and is left so; history i64[h] rows newest first (-1 unknown), times f64[h] (s).
-    """
-    m, h = len(rows), len(history)
-    h0 = history[0] if h > 0 else np.int64(-1)
-    h1 = history[1] if h > 1 else np.int64(-1)
-    gap = max(now - times[0], 0.0) if h > 0 else 1e9
-    session = 1.0 if gap < 3600.0 else 0.0
-    for i in range(m):
-        place[rows[i]] = i
-        for f in range(out.shape[1]):
-            out[i, f] = 0.0
-    for p in range(min(h, 5)):
-        if history[p] >= 0:
-            if p < 2:
-                _spread(place, items.a_items, items.a_weights, history[p], 10 + p, 1.0, out)
-            if p < 3:
-                _spread(place, items.b_items, items.b_weights, history[p], 12 + p, 1.0, out)
-            _spread(place, items.b_items, items.b_weights, history[p], 15, 0.8**p, out)
-    own_latest = np.full(m, -np.inf)
-    for p in range(h):
-        if history[p] >= 0 and place[history[p]] >= 0:
-            i = place[history[p]]
-            out[i, 22] += 1.0
-            own_latest[i] = max(own_latest[i], times[p])
-    b_total = 0.0
-    for p in range(min(h, 5)):
-        if history[p] >= 0:
-            b_total += 0.8**p * items.b_sums[history[p]]
-    a0_total = items.a_sums[h0] if h0 >= 0 else 0.0
-    log_history = math.log1p(np.float64(h))
-    log_gap = math.log1p(gap)
-    grid = np.empty(8)
-    for i in range(m):
-        row = rows[i]
-        place[row] = -1
-        popularities(items.weights[row], items.cells[row], cells_now, scale, totals, known, grid)
-        prior = 0.0
-        for g in range(8):
-            prior += mixture[g] * grid[g]
-            out[i, g] = math.log(grid[g])
-        out[i, 8] = math.log(prior)
-        out[i, 9] = math.log1p(items.weights[row, 7])
-        transition = out[i, 10] / (a0_total + 5.0) + 0.3 * out[i, 15] / (b_total + 5.0) + 0.2 * prior
-        if h0 >= 0:
-            out[i, 10] = _lift(out[i, 10], a0_total, prior)
-            out[i, 17] = dot(vectors[h0], vectors[row])
-        if h1 >= 0:
-            out[i, 11] = _lift(out[i, 11], items.a_sums[h1], prior)
-            out[i, 18] = dot(vectors[h1], vectors[row])
-        for p in range(min(h, 3)):
-            if history[p] >= 0:
-                out[i, 12 + p] = _lift(out[i, 12 + p], items.b_sums[history[p]], prior)
-        if h > 0:
-            out[i, 15] = _lift(out[i, 15], b_total, prior)
-        out[i, 16] = dot(q, vectors[row]) + bias[row]
-        out[i, 19] = math.log(transition + 1e-6) + 7.0
-        since = items.first[row]
-        if since > now:
-            since = born[row] if born[row] > 0.0 else now
-        out[i, 20] = math.log1p(max(now - since, 0.0))
-        out[i, 21] = math.log1p(min(max(now - items.last[row], 0.0), 1e9))
-        out[i, 22] = math.log1p(out[i, 22])
-        if own_latest[i] > -np.inf:
-            out[i, 23] = math.log1p(2592000.0 / (max(now - own_latest[i], 0.0) + 60.0))
-        out[i, 24], out[i, 25] = log_history, log_gap
-        out[i, 26] = session * out[i, 10]
-        out[i, 27] = session * out[i, 22]
-        out[i, 28] = session * out[i, 19]
-        out[i, 29] = out[i, 8] / (1.0 + h)
-
-
-@njit(cache=True)
-def _score(x, weights, mean, variance, out):  # type: ignore[no-untyped-def]
-    width = x.shape[1]
-    inverse = np.empty(width)
-    for f in range(width):
-        inverse[f] = 1.0 / math.sqrt(variance[f] + 1e-6)
-    for i in range(len(x)):
-        s = 0.0
-        for f in range(width):
-            s += weights[f] * min(max((x[i, f] - mean[f]) * inverse[f], -5.0), 5.0)
-        out[i] = s
-
-
-@njit(cache=True)
-def _learn(x, label, weights, squares, mean, variance, lists, gradient):  # type: ignore[no-untyped-def]
-    """One listwise step with the target at `label`; returns its loss. The statistics see the list before the step."""
+def _observe(x, lists, mean, variance):  # type: ignore[no-untyped-def]
+    """Move the running mean and variance to one more list."""
     m, width = x.shape
     lists[0] += 1.0
-    rate = max(1.0 / lists[0], 5e-4)
+    rate = max(1.0 / lists[0], SLOWEST)
     for f in range(width):
         s = 0.0
         for i in range(m):
             s += x[i, f]
-        step = rate * (s / m - mean[f])
-        mean[f] += step
+        mean[f] += rate * (s / m - mean[f])
         v = 0.0
         for i in range(m):
             v += (x[i, f] - mean[f]) ** 2
         variance[f] += rate * (v / m - variance[f])
-    scores = np.empty(m)
-    _score(x, weights, mean, variance, scores)
-    top = scores[0]
-    for i in range(m):
-        top = max(top, scores[i])
+
+
+@njit(cache=True)
+def _normalise(x, mean, variance, z):  # type: ignore[no-untyped-def]
+    for f in range(x.shape[1]):
+        inverse = 1.0 / math.sqrt(variance[f] + 1e-6)
+        for i in range(len(x)):
+            z[i, f] = min(max((x[i, f] - mean[f]) * inverse, -5.0), 5.0)
+
+
+@njit(cache=True)
+def _linear(z, weights, out):  # type: ignore[no-untyped-def]
+    for i in range(len(z)):
+        s = 0.0
+        for f in range(z.shape[1]):
+            s += weights[f] * z[i, f]
+        out[i] = s
+
+
+@njit(cache=True)
+def _network(z, skip, hidden, offset, output, active, out):  # type: ignore[no-untyped-def]
+    """Scores of the network; active f64[m, 32] receives the hidden units. The inner loop is over units: vector code."""
+    for i in range(len(z)):
+        units = active[i]
+        for j in range(len(units)):
+            units[j] = offset[j]
+        s = 0.0
+        for f in range(z.shape[1]):
+            value = z[i, f]
+            s += skip[f] * value
+            for j in range(len(units)):
+                units[j] += value * hidden[f, j]
+        for j in range(len(units)):
+            units[j] = max(units[j], 0.0)
+            s += output[j] * units[j]
+        out[i] = s
+
+
+@njit(cache=True)
+def _softmax(scores, label, p):  # type: ignore[no-untyped-def]
+    """Fill p with the probabilities less 1 at the label: the gradient by the scores; returns the loss."""
+    top = scores.max()
     total = 0.0
+    for i in range(len(scores)):
+        p[i] = math.exp(scores[i] - top)
+        total += p[i]
+    for i in range(len(scores)):
+        p[i] /= total
+    p[label] -= 1.0
+    return math.log(total) + top - scores[label]
+
+
+@njit(cache=True)
+def _adagrad(weights, squares, gradient):  # type: ignore[no-untyped-def]
+    for k in range(len(weights)):
+        squares[k] += gradient[k] * gradient[k]
+        weights[k] -= STEP * gradient[k] / math.sqrt(squares[k])
+
+
+@njit(cache=True)
+def _learn(x, label, lists, mean, variance, losses, weights, squares, skip, skip_squares, hidden, hidden_squares, offset, offset_squares, output, output_squares):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+    """One listwise step of both; moves the smoothed `losses` and returns this list's, (linear, network), before it."""
+    m, width = x.shape
+    units = len(output)
+    _observe(x, lists, mean, variance)
+    z, scores, p = np.empty((m, width)), np.empty(m), np.empty(m)
+    _normalise(x, mean, variance, z)
+    rate = max(1.0 / lists[0], LOSS_RATE)
+
+    _linear(z, weights, scores)
+    linear = _softmax(scores, label, p)
+    losses[0] += rate * (linear - losses[0])
+    gradient = np.zeros(width)
     for i in range(m):
-        total += math.exp(scores[i] - top)
-    loss = math.log(total) + top - scores[label]
-    for f in range(width):
-        gradient[f] = 0.0
-    inverse = np.empty(width)
-    for f in range(width):
-        inverse[f] = 1.0 / math.sqrt(variance[f] + 1e-6)
-    for i in range(m):
-        p = math.exp(scores[i] - top) / total - (1.0 if i == label else 0.0)
         for f in range(width):
-            gradient[f] += p * min(max((x[i, f] - mean[f]) * inverse[f], -5.0), 5.0)
-    for f in range(width):
-        squares[f] += gradient[f] * gradient[f]
-        weights[f] -= 0.05 * gradient[f] / math.sqrt(squares[f])
-    return loss
+            gradient[f] += p[i] * z[i, f]
+    _adagrad(weights, squares, gradient)
+
+    active = np.empty((m, units))
+    _network(z, skip, hidden, offset, output, active, scores)
+    network = _softmax(scores, label, p)
+    losses[1] += rate * (network - losses[1])
+    by_skip, by_hidden = np.zeros(width), np.zeros((width, units))
+    by_offset, by_output, back = np.zeros(units), np.zeros(units), np.empty(units)
+    for i in range(m):
+        for j in range(units):
+            by_output[j] += p[i] * active[i, j]
+            back[j] = p[i] * output[j] if active[i, j] > 0.0 else 0.0
+            by_offset[j] += back[j]
+        for f in range(width):
+            value = z[i, f]
+            by_skip[f] += p[i] * value
+            for j in range(units):
+                by_hidden[f, j] += value * back[j]
+    _adagrad(skip, skip_squares, by_skip)
+    _adagrad(hidden.reshape(-1), hidden_squares.reshape(-1), by_hidden.reshape(-1))
+    _adagrad(offset, offset_squares, by_offset)
+    _adagrad(output, output_squares, by_output)
+    return linear, network
 
 
 class Ranker:
-    """The linear ranker: weights, squares (Adagrad), mean, variance f64[F], and the number of lists seen f64[1]."""
+    """Both models under training, and which one scores.
+
+    weights, squares, mean, variance f64[F]; skip f64[F], hidden f64[F, 32], offset, output f64[32], each with Adagrad's
+    `..._squares`; lists f64[1], how many were learnt; losses f64[2], smoothed prequential losses (linear, network).
+    """
+
+    PER_FEATURE: Final = ("weights", "squares", "mean", "variance", "skip", "skip_squares", "hidden", "hidden_squares")
+    """Arrays whose first axis is the features, by name: what is stored goes by feature name."""
+    OTHER: Final = ("offset", "offset_squares", "output", "output_squares", "lists", "losses")
+    STORED: Final = {"weights": "ranker", "squares": "ranker_squares"}
+    """Names under which version 0.1 stored what it had; the others are stored under their own."""
+    SINCE_0_2: Final = (
+        "skip", "skip_squares", "hidden", "hidden_squares", "offset", "offset_squares", "output", "output_squares",
+        "losses",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.weights: F64 = np.zeros(F)
         self.weights[[LOG_PRIOR, LOG_TRANSITION]] = 0.5
-        self.squares: F64 = np.full(F, 1e-2)
+        self.squares: F64 = np.full(F, SQUARE)
         self.mean: F64 = np.zeros(F)
         self.variance: F64 = np.ones(F)
+        born = np.random.Generator(np.random.Philox(_BIRTH_SEED))
+        self.skip: F64 = self.weights.copy()
+        self.hidden: F64 = born.normal(0.0, 0.5 * math.sqrt(2.0 / F), (F, HIDDEN))
+        self.offset: F64 = np.zeros(HIDDEN)
+        self.output: F64 = born.normal(0.0, 0.1, HIDDEN)
+        self.skip_squares: F64 = np.full(F, SQUARE)
+        self.hidden_squares: F64 = np.full((F, HIDDEN), SQUARE)
+        self.offset_squares: F64 = np.full(HIDDEN, SQUARE)
+        self.output_squares: F64 = np.full(HIDDEN, SQUARE)
         self.lists: F64 = np.zeros(1)
-        self._gradient: F64 = np.empty(F)
+        self.losses: F64 = np.zeros(2)
+
+    @property
+    def scorer(self) -> str:
+        """Which model scores now: "network" where its prequential loss is the lower one, else "linear"."""
+        return "network" if self.losses[1] < self.losses[0] else "linear"
 
     def named(self) -> dict[str, float]:
-        """Return the weights by feature name, for people to read."""
+        """Return the linear weights by feature name, for people to read."""
         return {name: round(float(weight), 4) for name, weight in zip(FEATURES, self.weights, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """Return every array by name, with the names of the features that the rows of some stand for."""
+        names = (*self.PER_FEATURE, *self.OTHER)
+        return {"features": list(FEATURES), **{self.STORED.get(name, name): getattr(self, name) for name in names}}
+
+    def read_state(self, values: dict[str, Any]) -> dict[str, F64]:
+        """Return the arrays that `state` stored, for `set_state`; changes nothing, raises CodecError.
+
+        Features go by name. What was not stored, a new feature or the network of version 0.1, keeps its birth values.
+        """
+        names = values.get("features")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CodecError(f"dense weights: features: expected a list of names, got {names!r:.80}")
+        stored = {name: i for i, name in enumerate(names)}
+        here = [(place, stored[name]) for place, name in enumerate(FEATURES) if name in stored]
+        to, at = [place for place, _ in here], [place for _, place in here]
+        born, found = Ranker(), dict[str, F64]()
+        for name in (*self.PER_FEATURE, *self.OTHER):
+            found[name], key = getattr(born, name), self.STORED.get(name, name)
+            if name in self.SINCE_0_2 and key not in values:
+                continue
+            if name in self.PER_FEATURE:
+                found[name][to] = fitted(values, key, np.empty((len(names), *found[name].shape[1:])))[at]
+            else:
+                found[name] = fitted(values, key, found[name])
+        return found
+
+    def set_state(self, found: dict[str, F64]) -> None:
+        """Copy what `read_state` found into the arrays."""
+        for name, value in found.items():
+            getattr(self, name)[...] = value
 
     def score(self, x: F64) -> F64:
         """Return the scores f64[m] of features f64[m, F]; each row's score depends on that row alone."""
-        out = np.empty(len(x))
-        _score(x, self.weights, self.mean, self.variance, out)
+        z, out = np.empty(x.shape), np.empty(len(x))
+        _normalise(x, self.mean, self.variance, z)
+        if self.scorer == "network":
+            _network(z, self.skip, self.hidden, self.offset, self.output, np.empty((len(x), HIDDEN)), out)
+        else:
+            _linear(z, self.weights, out)
         return out
 
     def learn(self, x: F64, label: int) -> float:
-        """Take one listwise step on features f64[m, F], the chosen item at row `label`; returns the loss before it."""
+        """Take one listwise step on features f64[m, F], the chosen item at row `label`.
+
+        Returns the loss before the step of the model that then scored; 0 for a list that teaches nothing.
+        """
         if len(x) < 2 or not np.isfinite(x).all():
             return 0.0
-        return float(_learn(x, label, self.weights, self.squares, self.mean, self.variance, self.lists, self._gradient))
+        at = ("linear", "network").index(self.scorer)
+        losses = _learn(
+            x, label, self.lists, self.mean, self.variance, self.losses, self.weights, self.squares,
+            self.skip, self.skip_squares, self.hidden, self.hidden_squares, self.offset, self.offset_squares,
+            self.output, self.output_squares,
+        )  # fmt: skip
+        return float(losses[at])

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from models.decay import NAMES, blend, scan
 from models.examples import Shown, item_hash
 from models.factors import mix64
+from models.features import FEATURES as FEATURES
+from models.features import F, features
 from models.items import Items
 from models.model import Model
-from models.ranker import FEATURES as FEATURES
-from models.ranker import F, features
 from models.retrieval import (
     CHANNELS,
     FRESH,

@@ -16,8 +16,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from models.decay import STEPS, blend, scan, steps_between
+from models.features import dot
 from models.items import ItemArrays
-from models.ranker import dot
 
 CHANNELS: Final = ("popular_now", "popular_today", "popular", "transition", "vector", "recent", "fresh")
 QUOTAS: Final = np.array([30, 30, 60, 80, 80, 25, 10])

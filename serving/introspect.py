@@ -30,8 +30,8 @@ from infra.telemetry import (
 )  # fmt: skip
 from models.decay import NAMES, STEPS
 from models.examples import KIND_NAMES, CodecError
+from models.features import FEATURES
 from models.profile import ProfileView, unpack
-from models.ranker import FEATURES
 from serving.lookup import row_of, unknown_item, user_id
 from serving.messages import Problem, json_response
 from serving.overload import MAX_APPENDING, MAX_BODIES, MAX_LISTS
@@ -137,6 +137,8 @@ async def models(parts: Parts, request: Request) -> Response:
                     FEATURES, ranker.weights.tolist(), ranker.mean.tolist(), ranker.variance.tolist(), strict=True
                 )
             },
+            "scorer": ranker.scorer,
+            "ranker_loss": dict(zip(("linear", "network"), np.round(ranker.losses, 5).tolist(), strict=True)),
             "vectors": {"rows": model.rows.known, "dim": int(model.factors.vectors.shape[1])},
             "policy": parts.settings.policy,
             "epsilon": parts.settings.epsilon,

@@ -14,11 +14,12 @@ import numpy as np
 from models.decay import Popularity, add
 from models.encoder import Encoder
 from models.examples import Entries, concatenate
-from models.factors import POSITIONS, Factors, mix64
+from models.factors import POSITIONS, Factors, mix64, pack_named, unpack_named
+from models.features import F
 from models.items import Items
 from models.learner import WINDOW_SLATES, Learner
 from models.model import STATE_ROW, Model
-from models.ranker import F, Ranker
+from models.ranker import Ranker
 from models.recommend import History, Request, popular, recommend, similar
 from models.rows import Rows
 from tests.entries import KEYS, Walk, entry
@@ -111,7 +112,7 @@ class LearnerSubject(Subject):
 
 
 class RankerSubject(Subject):
-    """The linear ranker alone, on features drawn from each entry's position."""
+    """The ranker alone, on features drawn from each entry's position."""
 
     def __init__(self, seed: int = 1) -> None:
         super().__init__(seed)
@@ -127,15 +128,10 @@ class RankerSubject(Subject):
         return self.ranker.score(np.random.default_rng(3).normal(size=(len(keys), F)))
 
     def to_bytes(self) -> dict[int | str, bytes]:
-        ranker = self.ranker
-        parts = (ranker.weights, ranker.squares, ranker.mean, ranker.variance, ranker.lists)
-        return {"ranker": b"".join(part.tobytes() for part in parts)}
+        return {"ranker": pack_named(self.ranker.state())}
 
     def from_bytes(self, state: dict[int | str, bytes]) -> None:
-        values = np.frombuffer(state["ranker"])
-        for i, name in enumerate(("weights", "squares", "mean", "variance")):
-            getattr(self.ranker, name)[:] = values[i * F : (i + 1) * F]
-        self.ranker.lists[:] = values[4 * F :]
+        self.ranker.set_state(self.ranker.read_state(unpack_named(state["ranker"])))
 
 
 class EncoderSubject(Subject):

@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from infra.kafka import Broker
 from infra.settings import Settings
 from models.examples import Shown, item_hash
-from models.ranker import F
+from models.features import F
 from serving.app import _always
 from serving.slates import Impressions
 from streaming.events import Impression, decode

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from infra.settings import Settings
 from infra.telemetry import EXIT_FOR_GOOD
 from models.examples import ENTERS, IMPRESSION, VOICE, Entries, item_hash
+from models.features import F
 from models.learner import Learner
-from models.ranker import F
 from models.rows import LEARNT, Rows
 from streaming.recovery.lineage import MemoryModel
 from streaming.state import Keys, ModelStore, StoredBytesError, connect

@@ -1,4 +1,4 @@
-"""Named features and the linear ranker: values by formula, alone or in a batch; learning what separates."""
+"""Named features by formula; the ranker: learning what separates, alone or in a batch, linear or network."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from models.features import FEATURES, LOG_PRIOR, LOG_TRANSITION, F, features
 from models.items import Items
 from models.learner import Learner
-from models.ranker import FEATURES, LOG_PRIOR, LOG_TRANSITION, F, Ranker, features
+from models.ranker import Ranker
 from models.rows import Rows
 from tests.entries import KEYS, Walk
 
@@ -113,3 +116,85 @@ def test_lists_that_teach_nothing_change_nothing() -> None:
 
 def test_feature_names_are_distinct() -> None:
     assert len(set(FEATURES)) == F
+
+
+def crossed(rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """A list whose best item no weighted sum of features finds: features 3 and 5 agree in sign."""
+    x = rng.normal(size=(20, F))
+    return x, int(np.argmax(x[:, 3] * x[:, 5]))
+
+
+def test_the_network_takes_over_where_it_is_better() -> None:
+    ranker, rng = Ranker(), np.random.default_rng(1)
+    assert ranker.scorer == "linear"
+    for _ in range(1500):
+        ranker.learn(*crossed(rng))
+    assert ranker.scorer == "network"
+    assert ranker.losses[1] < 0.8 * ranker.losses[0]
+    wins = 0
+    for _ in range(200):
+        x, label = crossed(rng)
+        wins += int(np.argmax(ranker.score(x))) == label
+    assert wins > 60  # of 200, against 10 by chance
+
+
+def test_the_linear_model_stays_where_the_network_fails() -> None:
+    ranker, rng = Ranker(), np.random.default_rng(2)
+    ranker.output[:] = 50.0
+    for _ in range(5):
+        x = rng.normal(size=(20, F))
+        ranker.learn(x, int(np.argmax(x[:, 8])))
+    assert ranker.scorer == "linear"
+    assert ranker.score(x) == pytest.approx(_by_weights(ranker, x))
+
+
+def _by_weights(ranker: Ranker, x: np.ndarray) -> np.ndarray:
+    z = np.clip((x - ranker.mean) / np.sqrt(ranker.variance + 1e-6), -5, 5)
+    return np.asarray(z @ ranker.weights)
+
+
+@given(seed=st.integers(0, 2**32), m=st.integers(1, 40))
+def test_a_score_does_not_depend_on_the_other_candidates(seed: int, m: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranker = Ranker()
+    ranker.hidden[:], ranker.losses[:] = rng.normal(size=ranker.hidden.shape), (1.0, 0.5)
+    x = 3.0 * rng.normal(size=(m, F))
+    together = ranker.score(x)
+    np.testing.assert_array_equal(together, [ranker.score(x[i : i + 1])[0] for i in range(m)])
+
+
+def test_the_gradient_is_that_of_the_loss() -> None:
+    """One step of Adagrad from its start moves each weight against the loss's numerical slope."""
+    rng = np.random.default_rng(3)
+    x, label = rng.normal(size=(9, F)), 4
+    ranker = Ranker()
+    ranker.lists[:], ranker.variance[:] = 1e9, 1.0
+    before = {name: getattr(ranker, name).copy() for name in ("skip", "hidden", "offset", "output")}
+    ranker.learn(x, label)
+    for name, index in (("skip", (3,)), ("hidden", (2, 7)), ("hidden", (11, 30)), ("offset", (5,)), ("output", (9,))):
+        slopes = []
+        for change in (1e-5, -1e-5):
+            other = Ranker()
+            other.mean[:], other.variance[:], other.losses[:] = ranker.mean, ranker.variance, (1.0, 0.5)
+            getattr(other, name)[index] += change
+            scores = other.score(x)
+            slopes.append(np.log(np.exp(scores - scores[label]).sum()))
+        slope = (slopes[0] - slopes[1]) / 2e-5
+        moved = getattr(ranker, name)[index] - before[name][index]
+        assert moved == pytest.approx(-0.05 * slope / math.sqrt(1e-2 + slope**2), rel=1e-3, abs=1e-9)
+
+
+def test_state_of_version_0_1_is_read() -> None:
+    """It had no network: the linear model is taken over, the network starts at birth."""
+    learnt, rng = Ranker(), np.random.default_rng(4)
+    for _ in range(50):
+        learnt.learn(*crossed(rng))
+    old = {name: learnt.state()[name] for name in ("features", "ranker", "ranker_squares", "mean", "variance", "lists")}
+    again = Ranker()
+    again.set_state(again.read_state(old))
+    np.testing.assert_array_equal(again.weights, learnt.weights)
+    np.testing.assert_array_equal(again.hidden, Ranker().hidden)
+    assert again.scorer == "linear"
+    again.set_state(again.read_state(learnt.state()))
+    for name, value in learnt.state().items():
+        np.testing.assert_array_equal(again.state()[name], value)

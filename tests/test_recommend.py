@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.examples import Shown, item_hash
+from models.features import F
 from models.items import CatalogueItem, Items
 from models.learner import Learner
 from models.model import Model
-from models.ranker import F
 from models.recommend import History, Request, draw, popular, recommend, samples, similar
 from models.retrieval import CHANNELS, QUOTAS, log_into, ranks, top
 from models.rows import Rows

@@ -16,9 +16,9 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from infra.settings import Settings
+from models.features import F
 from models.learner import Learner
 from models.model import Model
-from models.ranker import F
 from models.rows import Rows
 from streaming.rebuild import fold_weights
 from streaming.state import Keys, ModelStore, connect, read_feed

@@ -1,0 +1,144 @@
+"""Named features of (user, item, now). Knows nothing about retrieval, nor about what is made of them.
+
+A feature of an item does not depend on the other candidates. "Lift" is the log of a smoothed conditional probability
+over the prior: log((c / prior + 5) / (sum + 5)).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+from numba import njit
+
+from models.decay import NAMES, popularities
+
+FEATURES: Final = (
+    *(f"log_popularity_{name}" for name in NAMES),
+    "log_prior",
+    "log_count",
+    "lift_a0",
+    "lift_a1",
+    "lift_b0",
+    "lift_b1",
+    "lift_b2",
+    "lift_b",
+    "encoder",
+    "similarity_0",
+    "similarity_1",
+    "log_transition",
+    "log_age",
+    "log_idle",
+    "own_count",
+    "own_recency",
+    "log_history",
+    "log_gap",
+    "lift_a0_in_session",
+    "own_count_in_session",
+    "log_transition_in_session",
+    "log_prior_by_history",
+)
+F: Final = len(FEATURES)
+LOG_PRIOR: Final = FEATURES.index("log_prior")
+LOG_TRANSITION: Final = FEATURES.index("log_transition")
+
+
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def dot(a, b):  # type: ignore[no-untyped-def]
+    """Return the dot product of two f32 vectors, as vector code (10 x faster); for scoring only, never in a fold."""
+    s = np.float32(0.0)
+    for j in range(len(a)):
+        s += a[j] * b[j]
+    return s
+
+
+@njit(cache=True)
+def _spread(place, items, weights, row, column, factor, out):  # type: ignore[no-untyped-def]
+    """Add factor x the weights of one neighbour list to a column, for the candidates that are in it."""
+    for k in range(items.shape[1]):
+        item = items[row, k]
+        if item < 0:
+            break
+        if place[item] >= 0:
+            out[place[item], column] += factor * weights[row, k]
+
+
+@njit(cache=True)
+def _lift(count, total, prior):  # type: ignore[no-untyped-def]
+    return math.log((count / prior + 5.0) / (total + 5.0))
+
+
+@njit(cache=True)
+def features(rows, place, history, times, now, items, born, cells_now, scale, totals, known, mixture, vectors, bias, q, out):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+    """Fill out f64[m, F] with the features of candidate rows i64[m].
+
+    `place` i32[n] is -1 everywhere and is left so; history i64[h] rows newest first (-1 unknown), times f64[h] (s).
+    """
+    m, h = len(rows), len(history)
+    h0 = history[0] if h > 0 else np.int64(-1)
+    h1 = history[1] if h > 1 else np.int64(-1)
+    gap = max(now - times[0], 0.0) if h > 0 else 1e9
+    session = 1.0 if gap < 3600.0 else 0.0
+    for i in range(m):
+        place[rows[i]] = i
+        for f in range(out.shape[1]):
+            out[i, f] = 0.0
+    for p in range(min(h, 5)):
+        if history[p] >= 0:
+            if p < 2:
+                _spread(place, items.a_items, items.a_weights, history[p], 10 + p, 1.0, out)
+            if p < 3:
+                _spread(place, items.b_items, items.b_weights, history[p], 12 + p, 1.0, out)
+            _spread(place, items.b_items, items.b_weights, history[p], 15, 0.8**p, out)
+    own_latest = np.full(m, -np.inf)
+    for p in range(h):
+        if history[p] >= 0 and place[history[p]] >= 0:
+            i = place[history[p]]
+            out[i, 22] += 1.0
+            own_latest[i] = max(own_latest[i], times[p])
+    b_total = 0.0
+    for p in range(min(h, 5)):
+        if history[p] >= 0:
+            b_total += 0.8**p * items.b_sums[history[p]]
+    a0_total = items.a_sums[h0] if h0 >= 0 else 0.0
+    log_history = math.log1p(np.float64(h))
+    log_gap = math.log1p(gap)
+    grid = np.empty(8)
+    for i in range(m):
+        row = rows[i]
+        place[row] = -1
+        popularities(items.weights[row], items.cells[row], cells_now, scale, totals, known, grid)
+        prior = 0.0
+        for g in range(8):
+            prior += mixture[g] * grid[g]
+            out[i, g] = math.log(grid[g])
+        out[i, 8] = math.log(prior)
+        out[i, 9] = math.log1p(items.weights[row, 7])
+        transition = out[i, 10] / (a0_total + 5.0) + 0.3 * out[i, 15] / (b_total + 5.0) + 0.2 * prior
+        if h0 >= 0:
+            out[i, 10] = _lift(out[i, 10], a0_total, prior)
+            out[i, 17] = dot(vectors[h0], vectors[row])
+        if h1 >= 0:
+            out[i, 11] = _lift(out[i, 11], items.a_sums[h1], prior)
+            out[i, 18] = dot(vectors[h1], vectors[row])
+        for p in range(min(h, 3)):
+            if history[p] >= 0:
+                out[i, 12 + p] = _lift(out[i, 12 + p], items.b_sums[history[p]], prior)
+        if h > 0:
+            out[i, 15] = _lift(out[i, 15], b_total, prior)
+        out[i, 16] = dot(q, vectors[row]) + bias[row]
+        out[i, 19] = math.log(transition + 1e-6) + 7.0
+        since = items.first[row]
+        if since > now:
+            since = born[row] if born[row] > 0.0 else now
+        out[i, 20] = math.log1p(max(now - since, 0.0))
+        out[i, 21] = math.log1p(min(max(now - items.last[row], 0.0), 1e9))
+        out[i, 22] = math.log1p(out[i, 22])
+        if own_latest[i] > -np.inf:
+            out[i, 23] = math.log1p(2592000.0 / (max(now - own_latest[i], 0.0) + 60.0))
+        out[i, 24], out[i, 25] = log_history, log_gap
+        out[i, 26] = session * out[i, 10]
+        out[i, 27] = session * out[i, 22]
+        out[i, 28] = session * out[i, 19]
+        out[i, 29] = out[i, 8] / (1.0 + h)
