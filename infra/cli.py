@@ -75,7 +75,7 @@ def _explains_itself(error: Exception) -> bool:
         return True
     known = (("infra.stack", "StackError"), ("infra.kafka", "KafkaError"), ("infra.store", "StoreError"),
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
-             ("streaming.replay", "ReplayError"), ("streaming.recovery.generations", "RecoveryError"),
+             ("streaming.replay.logs", "ReplayError"), ("streaming.recovery.generations", "RecoveryError"),
              ("infra.proving.bench", "BenchError"), ("infra.proving.chaos", "ChaosError"),
              ("serving.keys", "KeysError"), ("streaming.state", "StoredBytesError"),
              ("streaming.kafka.address", "AddressError"))  # fmt: skip
@@ -206,7 +206,7 @@ def replay(
     screen = None if as_json else console(err=True)
     result = run_replay(path, form, columns, exclude, limit, seed, screen, live=live)
     if plot is not None:
-        from streaming.replay import plot as draw
+        from streaming.replay.report import plot as draw
 
         draw(result, str(plot))
     if as_json:

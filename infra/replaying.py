@@ -1,4 +1,4 @@
-"""`freshet replay` for people: reads options, shows progress, prints the report. The work is in streaming/replay.py."""
+"""`freshet replay` for people: reads options, shows progress, prints the report. The work is in streaming/replay."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from models import metrics
-from streaming.logs import EXCLUSIONS, ReplayError, ReplayLog, read_log
-from streaming.replay import Exclusion, Replay, run
+from streaming.replay.logs import EXCLUSIONS, ReplayError, ReplayLog, read_log
+from streaming.replay.prequential import Exclusion, Replay, run
 
 if TYPE_CHECKING:
     from rich.console import Console

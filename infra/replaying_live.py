@@ -19,8 +19,8 @@ import numpy as np
 from infra.settings import Settings
 from infra.stack import Stack
 from models import metrics
-from streaming.logs import ReplayError, ReplayLog
-from streaming.replay import Exclusion, run
+from streaming.replay.logs import ReplayError, ReplayLog
+from streaming.replay.prequential import Exclusion, run
 from streaming.topics import decode_token, encode_token
 
 N: Final = 10

@@ -7,10 +7,11 @@ over the prior: log((c / prior + 5) / (sum + 5)).
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from models.decay import NAMES, popularities
 
@@ -43,6 +44,37 @@ F: Final = len(FEATURES)
 LOG_PRIOR: Final = FEATURES.index("log_prior")
 LOG_TRANSITION: Final = FEATURES.index("log_transition")
 
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+
+
+class Viewer(NamedTuple):
+    """Who asks: rows of their sequence i64[h], newest first, -1 where unknown, and its times f64[h] (s)."""
+
+    history: I64
+    times: F64
+
+
+class Frame(NamedTuple):
+    """The moment: what the popularities of `models.decay` are read with at `now` (s)."""
+
+    now: float
+    cells: I32
+    scale: F64
+    totals: F64
+    known: float
+
+
+class Learnt(NamedTuple):
+    """The weights that features need: mixture f64[8], vectors f32[capacity, d], bias f32[capacity], query f32[d]."""
+
+    mixture: F64
+    vectors: F32
+    bias: F32
+    query: F32
+
 
 @njit(cache=True, fastmath={"reassoc", "contract"})
 def dot(a, b):  # type: ignore[no-untyped-def]
@@ -70,11 +102,10 @@ def _lift(count, total, prior):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def features(rows, place, history, times, now, items, born, cells_now, scale, totals, known, mixture, vectors, bias, q, out):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
-    """Fill out f64[m, F] with the features of candidate rows i64[m].
-
-    `place` i32[n] is -1 everywhere and is left so; history i64[h] rows newest first (-1 unknown), times f64[h] (s).
-    """
+def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ignore[no-untyped-def]
+    """Fill out f64[m, F] with the features of candidate rows i64[m]; `place` i32[n] is -1 everywhere and is left so."""
+    history, times, now = viewer.history, viewer.times, frame.now
+    vectors = learnt.vectors
     m, h = len(rows), len(history)
     h0 = history[0] if h > 0 else np.int64(-1)
     h1 = history[1] if h > 1 else np.int64(-1)
@@ -108,10 +139,10 @@ def features(rows, place, history, times, now, items, born, cells_now, scale, to
     for i in range(m):
         row = rows[i]
         place[row] = -1
-        popularities(items.weights[row], items.cells[row], cells_now, scale, totals, known, grid)
+        popularities(items.weights[row], items.cells[row], frame.cells, frame.scale, frame.totals, frame.known, grid)
         prior = 0.0
         for g in range(8):
-            prior += mixture[g] * grid[g]
+            prior += learnt.mixture[g] * grid[g]
             out[i, g] = math.log(grid[g])
         out[i, 8] = math.log(prior)
         out[i, 9] = math.log1p(items.weights[row, 7])
@@ -127,7 +158,7 @@ def features(rows, place, history, times, now, items, born, cells_now, scale, to
                 out[i, 12 + p] = _lift(out[i, 12 + p], items.b_sums[history[p]], prior)
         if h > 0:
             out[i, 15] = _lift(out[i, 15], b_total, prior)
-        out[i, 16] = dot(q, vectors[row]) + bias[row]
+        out[i, 16] = dot(learnt.query, vectors[row]) + learnt.bias[row]
         out[i, 19] = math.log(transition + 1e-6) + 7.0
         since = items.first[row]
         if since > now:

@@ -20,7 +20,7 @@ from models.decay import NAMES, blend, scan
 from models.examples import Shown, item_hash
 from models.factors import mix64
 from models.features import FEATURES as FEATURES
-from models.features import F, features
+from models.features import F, Frame, Learnt, Viewer, features
 from models.items import Items
 from models.model import Model
 from models.retrieval import (
@@ -124,7 +124,6 @@ def recommend(
     n = items.n
     frame = items.popularity.at(request.now)
     own = items.rows.find(history.items[:HISTORY_LIMIT])
-    own_times = history.times[:HISTORY_LIMIT]
     blocked = blocked_rows(items, history, request)
     q = model.factors.encode(own)
     place = np.full(n, -1, np.int32)
@@ -136,8 +135,9 @@ def recommend(
     marks += [clock()] if clock else []
     x = np.empty((len(rows), F))
     features(
-        rows, place, own, own_times, request.now, arrays, items.born, frame[0], frame[1], frame[2], float(n),
-        model.mixture, model.factors.vectors, model.factors.bias, q, x,
+        rows, place, Viewer(own, history.times[:HISTORY_LIMIT]),
+        Frame(request.now, frame[0], frame[1], frame[2], float(n)), arrays, items.born,
+        Learnt(model.mixture, model.factors.vectors, model.factors.bias, q), x,
     )  # fmt: skip
     scores = model.ranker.score(x)
     marks += [clock()] if clock else []

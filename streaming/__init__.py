@@ -17,8 +17,7 @@ Files in the order in which one event travels through them:
     feeds        what changed, told to those who hold rows in memory
     trainer      the learner process
     dead_letters  what could not be folded, each once
-    logs         readers of real logs
-    replay       a real log through the very code that runs live
+    replay/      a real log through the very code that runs live
     rebuild      the same state again, beside the served one
     recovery/    what that needs: generations, cuts, halves, lineage, snapshots, retention
     simulation/  a simulated world, its people, and the score

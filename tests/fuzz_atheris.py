@@ -17,7 +17,7 @@ MODULES = (
     "serving.messages",
     "serving.ingest",
     "streaming.feeds",
-    "streaming.logs",
+    "streaming.replay.logs",
     "serving.keys",
 )
 

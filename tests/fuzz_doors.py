@@ -35,7 +35,7 @@ from streaming import events
 from streaming.events import EventError, Weights
 from streaming.feeds import Delta, delta_fields, delta_from
 from streaming.learn import UserFold, decode_part, users_of
-from streaming.logs import ReplayError, read_log
+from streaming.replay.logs import ReplayError, read_log
 from streaming.state import MemoryUserStore, UserRead
 from streaming.topics import TokenError, decode_token, encode_token
 from tests.entries import Walk

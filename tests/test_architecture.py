@@ -52,9 +52,7 @@ IN_MODELS = {
     "numpy", "numba", "torch", "faiss", "river", "models", "msgspec", "xxhash", "scipy",
 }  # fmt: skip
 # Modules of a folder above fifteen, with the reason.
-EXEMPT: dict[str, int] = {
-    "streaming": 1,  # one module for each kind of process, and what they share
-}
+EXEMPT: dict[str, int] = {}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc", "base"}
 
 

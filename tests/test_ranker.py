@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.features import FEATURES, LOG_PRIOR, LOG_TRANSITION, F, features
+from models.features import FEATURES, LOG_PRIOR, LOG_TRANSITION, F, Frame, Learnt, Viewer, features
 from models.items import Items
 from models.learner import Learner
 from models.ranker import Ranker
@@ -36,8 +36,8 @@ def compute(items: Items, learner: Learner, places: list[int], history: list[int
     out = np.empty((len(rows), F))
     place = np.full(items.n, -1, np.int32)
     features(
-        rows, place, own, times, now, items.arrays(), items.born, frame[0], frame[1], frame[2], float(items.n),
-        learner.model.mixture, factors.vectors, factors.bias, factors.encode(own), out,
+        rows, place, Viewer(own, times), Frame(now, frame[0], frame[1], frame[2], float(items.n)), items.arrays(),
+        items.born, Learnt(learner.model.mixture, factors.vectors, factors.bias, factors.encode(own)), out,
     )  # fmt: skip
     assert (place == -1).all()
     return out

@@ -14,8 +14,9 @@ from infra.cli import app
 from models.examples import item_hash
 from models.profile import unpack
 from streaming.events import Click, Dwell, Rating, View
-from streaming.logs import ReplayError, ReplayLog, read_log
-from streaming.replay import Replay, plot, run
+from streaming.replay.logs import ReplayError, ReplayLog, read_log
+from streaming.replay.prequential import Replay, run
+from streaming.replay.report import plot
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets (../shared/data) are not here")

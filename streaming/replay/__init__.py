@@ -1,0 +1,8 @@
+"""Prequential evaluation of real logs by the code that runs live.
+
+Files:
+
+    logs         readers of MovieLens, MovieTweetings, Online Retail, any CSV
+    prequential  rank each event's item, then learn the event
+    report       the figures of it, and a plot
+"""
