@@ -22,6 +22,8 @@ from models.factors import DIM, POSITIONS, Factors, mix64
 
 NEGATIVES: Final = 512
 RECENT: Final = 4096
+FEW: Final = 8
+"""Events up to which a step is compiled code alone: a matrix library takes 80 us of calls, and pays from here on."""
 RATE: Final = 0.2
 SMALL_RATE: Final = 0.02
 ADAM_RATE: Final = 1e-3
@@ -71,9 +73,29 @@ def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, t
 
 
 @njit(cache=True)
-def _forward(rows, counts, target_at, history, vectors, bias, positions, start, share, user, offsets):  # type: ignore[no-untyped-def]
-    """Fill share f32[b, 21] (attention), user f32[b, 2d] (pooled, newest) and offsets f32[b, n] (b_c + log count)."""
+def _log(count):  # type: ignore[no-untyped-def]
+    if count == 1.0:
+        return 0.0
+    return math.log(count) if count > 0.0 else -np.inf
+
+
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    """Return the dot product of two f32 vectors, as vector code."""
+    s = np.float32(0.0)
+    for j in range(len(a)):
+        s += a[j] * b[j]
+    return s
+
+
+@njit(cache=True)
+def _forward(rows, counts, target_at, history, vectors, bias, positions, start, share, user, g):  # type: ignore[no-untyped-def]
+    """Fill share f32[b, 21] (attention), user f32[b, 2d] (pooled, newest) and g f32[b, n] with b_c + log count_c."""
     d = len(start)
+    for c in range(len(rows)):
+        g[0, c] = bias[rows[c]] + _log(counts[c])
+    for i in range(1, len(history)):
+        g[i] = g[0]
     for i in range(len(history)):
         top = positions[20]
         for p in range(20):
@@ -92,9 +114,7 @@ def _forward(rows, counts, target_at, history, vectors, bias, positions, start, 
                 share[i, p] /= total
                 for j in range(d):
                     user[i, j] += share[i, p] * vectors[history[i, p], j]
-        for c in range(len(rows)):
-            offsets[i, c] = bias[rows[c]] + (math.log(counts[c]) if counts[c] > 0.0 else -np.inf)
-        offsets[i, target_at[i]] = bias[rows[target_at[i]]]
+        g[i, target_at[i]] = bias[rows[target_at[i]]]
 
 
 @njit(cache=True)
@@ -104,6 +124,55 @@ def _toward(target_at, g):  # type: ignore[no-untyped-def]
     for i in range(len(target_at)):
         loss -= math.log(max(g[i, target_at[i]], 1e-30))
         g[i, target_at[i]] -= 1.0
+    return loss
+
+
+@njit(cache=True)
+def _softmax(g):  # type: ignore[no-untyped-def]
+    """Turn logits f32[b, n] into probabilities, in place."""
+    for i in range(len(g)):
+        top = g[i].max()
+        total = np.float32(0.0)
+        for c in range(g.shape[1]):
+            g[i, c] = math.exp(g[i, c] - top)
+            total += g[i, c]
+        total = np.float32(1.0) / total
+        for c in range(g.shape[1]):
+            g[i, c] *= total
+
+
+@njit(cache=True)
+def _few(rows, counts, target_at, history, local, vectors, bias, positions, start, both, squares, bias_squares, position_squares, start_square, dense):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+    """One descent for few events, without a matrix library, whose calls cost more than their sums; returns the loss."""
+    b, n, d = len(history), len(rows), len(start)
+    share, user, g = np.empty((b, 21), np.float32), np.empty((b, 2 * d), np.float32), np.empty((b, n), np.float32)
+    _forward(rows, counts, target_at, history, vectors, bias, positions, start, share, user, g)
+    q, d_q, d_user = np.zeros((b, d), np.float32), np.zeros((b, d), np.float32), np.zeros((b, 2 * d), np.float32)
+    gradient = np.zeros((n, d), np.float32)
+    for i in range(b):
+        for k in range(d):
+            q[i, k] = _dot(both[k], user[i])
+    for c in range(n):
+        for i in range(b):
+            g[i, c] += _dot(q[i], vectors[rows[c]])
+    _softmax(g)
+    loss = _toward(target_at, g)
+    for c in range(n):
+        vector = vectors[rows[c]]
+        for i in range(b):
+            weight = g[i, c]
+            for j in range(d):
+                d_q[i, j] += weight * vector[j]
+                gradient[c, j] += weight * q[i, j]
+    for i in range(b):
+        for k in range(d):
+            for j in range(2 * d):
+                d_user[i, j] += d_q[i, k] * both[k, j]
+                dense[k, j] += d_q[i, k] * user[i, j]
+    _backward(
+        rows, g, gradient, history, share, d_user, local, vectors, bias, positions, start, squares, bias_squares,
+        position_squares, start_square,
+    )  # fmt: skip
     return loss
 
 
@@ -120,13 +189,13 @@ def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, p
         for p in range(21):
             d_share[p] = 0.0
             if p == 20:
+                d_share[p] = _dot(d_user[i, :d], start)
                 for j in range(d):
-                    d_share[p] += d_user[i, j] * start[j]
                     d_start[j] += share[i, p] * d_user[i, j]
             elif history[i, p] >= 0:
                 row, c = history[i, p], local[history[i, p]]
+                d_share[p] = _dot(d_user[i, :d], vectors[row])
                 for j in range(d):
-                    d_share[p] += d_user[i, j] * vectors[row, j]
                     gradient[c, j] += share[i, p] * d_user[i, j]
             mean += share[i, p] * d_share[p]
         for p in range(21):
@@ -154,13 +223,22 @@ def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, p
 @njit(cache=True)
 def _adagrad_row(vector, gradient, squares, at):  # type: ignore[no-untyped-def]
     """Row-wise Adagrad: one accumulator per row, of the mean squared gradient; rate .2."""
-    mean = np.float32(0.0)
-    for j in range(len(gradient)):
-        mean += gradient[j] * gradient[j]
-    squares[at] += mean / np.float32(len(gradient))
+    squares[at] += _dot(gradient, gradient) / np.float32(len(gradient))
     rate = np.float32(0.2 / math.sqrt(squares[at]))
     for j in range(len(gradient)):
         vector[j] -= rate * gradient[j]
+
+
+@njit(cache=True)
+def _adam(weights, gradient, moment, moment2, first, second):  # type: ignore[no-untyped-def]
+    """Take an Adam step and set the gradient to zero; first, second: corrections of the moments' bias."""
+    for k in range(weights.shape[0]):
+        for j in range(weights.shape[1]):
+            slope = gradient[k, j]
+            gradient[k, j] = 0.0
+            moment[k, j] = 0.9 * moment[k, j] + 0.1 * slope
+            moment2[k, j] = 0.999 * moment2[k, j] + 0.001 * slope * slope
+            weights[k, j] -= 0.001 * (moment[k, j] / first) / (math.sqrt(moment2[k, j] / second) + 1e-8)
 
 
 class Encoder:
@@ -211,58 +289,61 @@ class Encoder:
             targets, history, self.ring, min(self.pushed, RECENT), NEGATIVES, np.uint64(seed), self._local, rows,
             counts, target_at,
         )  # fmt: skip
-        rows = rows[:n]
-        loss = self._descend(rows, counts[:n], target_at, targets, history)
+        rows, counts, factors = rows[:n], counts[:n], self.factors
+        if b <= FEW:
+            loss = _few(
+                rows, counts, target_at, history, self._local, factors.vectors, factors.bias, factors.positions,
+                factors.start[0], factors.both, self.squares, self.bias_squares, self.position_squares,
+                self.start_square, self.gradient,
+            )  # fmt: skip
+        else:
+            loss = self._descend(rows, counts, target_at, history)
+        self.pending += b
+        if self.pending >= ADAM_EVENTS:
+            self._adam()
         self._push(targets)
-        return loss, rows
+        return float(loss), rows
 
-    def _descend(self, rows: I64, counts: F32, target_at: I64, targets: I64, history: I64) -> float:
+    def _descend(self, rows: I64, counts: F32, target_at: I64, history: I64) -> float:
+        """Take the step where a matrix library pays."""
         import torch
 
         t = self._tensors or self._share(torch)
-        factors, b = self.factors, len(targets)
+        factors, b = self.factors, len(target_at)
         share, user = np.empty((b, POSITIONS + 1), np.float32), np.empty((b, 2 * DIM), np.float32)
-        offsets = np.empty((b, len(rows)), np.float32)
+        g = np.empty((b, len(rows)), np.float32)
         _forward(
             rows, counts, target_at, history, factors.vectors, factors.bias, factors.positions, factors.start[0], share,
-            user, offsets,
+            user, g,
         )  # fmt: skip
         with torch.inference_mode():
             users = torch.from_numpy(user)  # [b, 2d]: pooled, newest
             vectors = t["vectors"].index_select(0, torch.from_numpy(rows))  # [n, d]
             q = users @ t["both"].T  # [b, d]
-            g = torch.softmax(torch.addmm(torch.from_numpy(offsets), q, vectors.T), 1)  # [b, n]
-            loss = _toward(target_at, g.numpy())
-            dq = g @ vectors
+            probabilities = torch.softmax(torch.addmm(torch.from_numpy(g), q, vectors.T), 1)  # [b, n]
+            g = probabilities.numpy()
+            loss = _toward(target_at, g)
+            dq = probabilities @ vectors
             d_user = dq @ t["both"]  # [b, 2d]
-            gradient = g.T @ q  # [n, d]
+            gradient = probabilities.T @ q  # [n, d]
             t["gradient"].addmm_(dq.T, users)
-            _backward(
-                rows, g.numpy(), gradient.numpy(), history, share, d_user.numpy(), self._local, factors.vectors,
-                factors.bias, factors.positions, factors.start[0], self.squares, self.bias_squares,
-                self.position_squares, self.start_square,
-            )  # fmt: skip
-            self.pending += b
-            if self.pending >= ADAM_EVENTS:
-                self._adam(t)
+        _backward(
+            rows, g, gradient.numpy(), history, share, d_user.numpy(), self._local, factors.vectors, factors.bias,
+            factors.positions, factors.start[0], self.squares, self.bias_squares, self.position_squares,
+            self.start_square,
+        )  # fmt: skip
         return float(loss)
 
-    def _adam(self, t: dict[str, Any]) -> None:
+    def _adam(self) -> None:
         self.pending = 0
         self.adam_steps += 1
         first, second = 1.0 - 0.9**self.adam_steps, 1.0 - 0.999**self.adam_steps
-        t["moment"].mul_(0.9).add_(t["gradient"], alpha=0.1)
-        t["moment2"].mul_(0.999).addcmul_(t["gradient"], t["gradient"], value=0.001)
-        t["both"].sub_((t["moment"] / first) / ((t["moment2"] / second).sqrt() + 1e-8), alpha=ADAM_RATE)
-        t["gradient"].zero_()
+        _adam(self.factors.both, self.gradient, self.moment, self.moment2, first, second)
 
     def _share(self, torch: Any) -> dict[str, Any]:
         """Return tensors over the same memory as the arrays."""
         torch.set_num_threads(1)
-        arrays = {
-            "vectors": self.factors.vectors, "both": self.factors.both, "gradient": self.gradient,
-            "moment": self.moment, "moment2": self.moment2,
-        }  # fmt: skip
+        arrays = {"vectors": self.factors.vectors, "both": self.factors.both, "gradient": self.gradient}
         self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return self._tensors
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.encoder import NEGATIVES, Encoder, _columns
+from models.encoder import FEW, NEGATIVES, Encoder, _columns
 from models.examples import CodecError
 from models.factors import DIM, POSITIONS, Factors, pack_named, unpack_named
 from models.rows import Rows
@@ -57,7 +57,7 @@ def reference_loss(
     return loss, p
 
 
-@pytest.mark.parametrize("b", [1, 5])
+@pytest.mark.parametrize("b", [1, 5, FEW + 3])
 def test_gradients_are_those_of_the_equations(b: int) -> None:
     rows, encoder = made(40)
     for seed in range(6):
@@ -172,9 +172,9 @@ def test_scoring_does_not_import_torch() -> None:
 
 
 def test_a_step_costs_little() -> None:
-    """Generous bounds (a busy machine is no failure); measured alone: 130 us for one event, 30 us in 64."""
+    """Generous bounds (a busy machine is no failure); measured alone: 20-30 us an event, for one as in 64."""
     _, encoder = made(4000)
-    for b, bound_us in ((1, 2000), (64, 500)):
+    for b, bound_us in ((1, 500), (64, 500)):
         best = min(_timed(encoder, b, seed) for seed in range(20))
         assert best * 1e6 / b < bound_us
 
