@@ -180,7 +180,7 @@ def _welcome(screen: Console, stack: Any) -> None:
 @app.command(rich_help_panel=LEARN)
 def replay(
     path: Annotated[Path, typer.Argument(help="A log: file or folder, .gz too.")],
-    form: Annotated[str, typer.Option("--format", help="movielens, movietweetings, online-retail or csv.")] = "csv",
+    form: Annotated[str, typer.Option("--format", help="movielens, movietweetings, online-retail, kuairand.")] = "csv",
     columns: Annotated[
         str, typer.Option(help="user=...,item=...,ts=...[,rating=...,dwell=...,kind=...]: columns of a csv.")
     ] = "",

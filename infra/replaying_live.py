@@ -19,7 +19,7 @@ import numpy as np
 from infra.settings import Settings
 from infra.stack import Stack
 from models import metrics
-from streaming.replay.logs import ReplayError, ReplayLog
+from streaming.replay.logs import TARGET, ReplayError, ReplayLog, roles
 from streaming.replay.prequential import Exclusion, run
 from streaming.topics import decode_token, encode_token
 
@@ -54,6 +54,10 @@ class LiveReplay:
             self._baskets.setdefault(basket, []).append(event.item_id)
         self._await_impression()
         event.slate_id = slate["slate_id"]
+        self.publish(event)
+
+    def publish(self, event: Any) -> None:
+        """Publish an event, and remember where it lies."""
         answer = self._call("POST", "/v1/events", json=[msgspec.to_builtins(event)])
         for partition, offset in decode_token(answer["token"]).events.items():
             self._offsets[partition] = max(offset, self._offsets.get(partition, -1))
@@ -97,8 +101,12 @@ def run_live(log: ReplayLog, *, exclusion: Exclusion, seed: int, tell: Tell = la
         )
         with Stack(settings) as stack, httpx.Client(base_url=stack.api, timeout=30) as client:
             live, began = LiveReplay(client, exclusion), time.monotonic()
-            for done, (event, basket) in enumerate(zip(log.events, log.baskets, strict=True), 1):
-                live.step(event, basket)
+            rows = zip(log.events, log.baskets, roles(log.events), strict=True)
+            for done, (event, basket, role) in enumerate(rows, 1):
+                if role == TARGET:
+                    live.step(event, basket)
+                else:
+                    live.publish(event)
                 tell(done)
             seconds = time.monotonic() - began
     ranks = np.array(live.ranks)

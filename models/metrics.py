@@ -49,6 +49,31 @@ def summary(ranks: F64, k: int = 10) -> dict[str, float]:
     }
 
 
+def auc(scores: F64, liked: NDArray[np.bool_]) -> float:
+    """Return the share of pairs (liked, not liked) of which the liked one scores higher, ties one half; scores f64[n].
+
+    nan where there is no such pair.
+
+    >>> auc(np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False]))
+    0.625
+    """
+    positive, negative = int(liked.sum()), int((~liked).sum())
+    if not positive or not negative:
+        return float("nan")
+    _, of, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - 0.5 * (counts - 1.0)  # mean 1-based rank of each distinct score
+    return float((ranks[of][liked].sum() - 0.5 * positive * (positive + 1)) / (positive * negative))
+
+
+def user_auc(scores: F64, liked: NDArray[np.bool_], users: I64) -> tuple[float, int]:
+    """Return the mean of the users' own `auc`, users i64[n] who have both kinds, and how many those are."""
+    order = np.argsort(users, kind="stable")
+    cuts = np.flatnonzero(np.diff(users[order])) + 1
+    found = np.array([auc(scores[part], liked[part]) for part in np.split(order, cuts) if len(part)])
+    found = found[~np.isnan(found)]
+    return (float(found.mean()) if len(found) else float("nan")), len(found)
+
+
 def user_bootstrap(
     values: F64, users: I64, rng: np.random.Generator, *, draws: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:

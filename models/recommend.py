@@ -133,13 +133,7 @@ def recommend(
         n, arrays, blocked, frame[0], channel_blends, own, model.factors.vectors, model.factors.bias, q, QUOTAS, place
     )
     marks += [clock()] if clock else []
-    x = np.empty((len(rows), F))
-    features(
-        rows, place, Viewer(own, history.times[:HISTORY_LIMIT]),
-        Frame(request.now, frame[0], frame[1], frame[2], float(n)), arrays, items.born,
-        Learnt(model.mixture, model.factors.vectors, model.factors.bias, q), x,
-    )  # fmt: skip
-    scores = model.ranker.score(x)
+    x, scores = _rank(items, model, history, request, rows, own, q, frame, place)
     marks += [clock()] if clock else []
     drawn, propensities = draw(scores, request)
     marks += [clock()] if clock else []
@@ -153,6 +147,36 @@ def recommend(
     if request.trace:
         slate.trace = _trace(items, rows, channels, found, scores, marks)
     return slate
+
+
+def _rank(
+    items: Items, model: Model, history: History, request: Request, rows: I64, own: I64, q: F32,
+    frame: tuple[NDArray[np.int32], F64, F64, float], place: NDArray[np.int32],
+) -> tuple[F64, F64]:  # fmt: skip
+    """Return the features f64[m, F] and final scores f64[m] of distinct rows; each row's depend on that row alone."""
+    x = np.empty((len(rows), F))
+    features(
+        rows, place, Viewer(own, history.times[:HISTORY_LIMIT]),
+        Frame(request.now, frame[0], frame[1], frame[2], max(float(items.n), 1.0)), items.arrays(), items.born,
+        Learnt(model.mixture, model.factors.vectors, model.factors.bias, q), x,
+    )  # fmt: skip
+    return x, model.ranker.score(x)
+
+
+def score_items(items: Items, model: Model, history: History, request: Request, keys: U64) -> F64:
+    """Return the final scores f64[k] of the items with hashes u64[k], whether or not a slate would hold them.
+
+    The numbers that `recommend` gives them where it retrieves them. An item that nobody knows scores as a blank row.
+    """
+    spare = items.rows.spare()
+    items.grow()
+    model.factors.grow()
+    own, rows = items.rows.find(history.items[:HISTORY_LIMIT]), items.rows.find(keys)
+    rows, of = np.unique(np.where(rows < 0, spare, rows), return_inverse=True)
+    q, frame = model.factors.encode(own), items.popularity.at(request.now)
+    place = np.full(items.rows.capacity, -1, np.int32)
+    scores: F64 = _rank(items, model, history, request, rows, own, q, frame, place)[1][of]
+    return scores
 
 
 def blocked_rows(items: Items, history: History, request: Request) -> U8:

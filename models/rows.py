@@ -167,6 +167,11 @@ class Rows:
         _find(self.table, self.keys, keys, out)
         return out
 
+    def spare(self) -> int:
+        """Return the row that the next new key will be given: blank in every array, like an item nobody knows."""
+        self._reserve(1)
+        return int(self._free[self._counts[1] - 1]) if self._counts[1] else self.n
+
     def hold(self, rows: I64, who: int) -> None:
         """Say that `who` keeps something in these rows."""
         self.held[rows] |= who

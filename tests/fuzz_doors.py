@@ -112,9 +112,14 @@ RETAIL: Final = (
     b"InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n"
     b"536365,85123A,WHITE,6,2010-12-01 08:26:00,2.55,17850.0,UK\nC536379,22423,X,-1,2010-12-01 09:41:00,1,14527.0,UK\n"
 )
+VIDEOS: Final = (
+    b"user_id\tvideo_id\ttime_ms\tis_click\tplay_time_ms\tlabel\n"
+    b"1\t7\t1649581149287\t1\t46186\t1\n1\t8\t1649581150000\t0\t900\t0\n2\t7\t1649581160000\t1\t0\t1\n"
+) * 2
 LOGS: Final[dict[str, tuple[str, bytes, dict[str, str]]]] = {
     "csv": ("log.csv", CSV, {"rating": "rating", "kind": "kind"}), "movielens": ("log.csv", MOVIES, {}),
     "movietweetings": ("log.dat", TWEETS, {}), "online-retail": ("log.csv", RETAIL, {}),
+    "kuairand": ("log.tsv", VIDEOS, {}),
 }  # fmt: skip
 
 

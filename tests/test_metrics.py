@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.metrics import hit_rate, mid_rank, mrr, ndcg, summary, user_bootstrap
+from models.metrics import auc, hit_rate, mid_rank, mrr, ndcg, summary, user_auc, user_bootstrap
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
@@ -40,3 +40,15 @@ def test_bootstrap_widens_with_users_that_agree_with_themselves() -> None:
     independent = user_bootstrap(values, np.arange(2000), np.random.default_rng(1))
     assert high - low > 3 * (independent[1] - independent[0])
     assert user_bootstrap(values, users, np.random.default_rng(1)) == (low, high)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=30))
+def test_auc_counts_pairs(rows: list[tuple[int, bool]]) -> None:
+    pairs = [(a > b) + 0.5 * (a == b) for a, liked in rows for b, other in rows if liked and not other]
+    found = auc(np.array([s for s, _ in rows], float), np.array([liked for _, liked in rows]))
+    assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else math.isnan(found)
+
+
+def test_user_auc_leaves_out_users_of_one_kind() -> None:
+    scores, users = np.array([1.0, 2.0, 9.0, 4.0, 3.0]), np.array([7, 7, 8, 9, 9])
+    assert user_auc(scores, np.array([True, False, True, True, False]), users) == (0.5, 2)

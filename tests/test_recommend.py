@@ -14,7 +14,7 @@ from models.features import F
 from models.items import CatalogueItem, Items
 from models.learner import Learner
 from models.model import Model
-from models.recommend import History, Request, draw, popular, recommend, samples, similar
+from models.recommend import History, Request, draw, popular, recommend, samples, score_items, similar
 from models.retrieval import CHANNELS, QUOTAS, log_into, ranks, top
 from models.rows import Rows
 from tests.entries import KEYS, NAMES, Walk
@@ -51,6 +51,23 @@ def test_a_slate(system: tuple[Items, Model]) -> None:
     assert [items.rows.keys[row] for row in slate.rows] == slate.items.tolist()
     again = recommend(items, model, history(3, 4), Request("s", END, keep_candidates=True))
     np.testing.assert_array_equal(again.items, slate.items)
+
+
+def test_an_item_scores_alike_in_a_slate_and_by_itself(system: tuple[Items, Model]) -> None:
+    items, model = system
+    request, capacity = Request("s", END, n=20, policy="greedy", keep_candidates=True), items.rows.capacity
+    slate = recommend(items, model, history(3, 4), request)
+    scores = score_items(items, model, history(3, 4), request, slate.candidates)
+    np.testing.assert_array_equal(scores.astype(np.float32), slate.candidate_scores)
+    strange = np.array([slate.candidates[0], 12345, 54321, slate.candidates[0]], np.uint64)
+    found = score_items(items, model, history(3, 4), request, strange)
+    assert found[0] == found[3] == scores[0]
+    assert found[1] == found[2]
+    assert np.isfinite(found).all()
+    assert (items.rows.find(strange)[1:3] == -1).all()  # scoring gives nobody a row
+    assert items.rows.capacity == capacity
+    nobody = Rows()
+    assert np.isfinite(score_items(Items(rows=nobody), Model(rows=nobody), History(), request, strange)).all()
 
 
 def test_greedy_is_in_order_of_score(system: tuple[Items, Model]) -> None:

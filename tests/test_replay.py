@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from infra.cli import app
 from models.examples import item_hash
 from models.profile import unpack
-from streaming.events import Click, Dwell, Rating, View
-from streaming.replay.logs import ReplayError, ReplayLog, read_log
+from streaming.events import Action, Click, Dwell, Rating, View
+from streaming.replay.logs import FOLLOWS, HATED, TARGET, ReplayError, ReplayLog, read_log, roles
 from streaming.replay.prequential import Replay, run
 from streaming.replay.report import plot
 
@@ -163,6 +163,54 @@ def test_csv_kinds(tmp_path: Path) -> None:
     assert log.bad_rows == ["l.csv:7: expected a user and an item, got an empty one"]
 
 
+VIDEOS = (
+    "user_id\tvideo_id\ttime_ms\tplay_time_ms\tlabel\n1\ta\t1649581149287\t46186\t1\n1\tb\t1649581150000\t900\t0\n"
+    "1\tc\t1649581151000\t0\t1\n1\td\t1649581152000\t-5\t1\n1\te\t1649581153000\tx\t0\n1\tf\t1649581154000\t5\t2\n"
+    "1\tg\tnever\t5\t1\n1\th\t1649581155000\n"
+)
+
+
+def test_kuairand(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "interactions.tsv.gz", "wt") as file:
+        file.write(VIDEOS)
+    log = read_log(tmp_path, "kuairand")
+    assert [(type(e).__name__, e.item_id, getattr(e, "seconds", 0)) for e in log.events] == [
+        ("Click", "a", 0), ("Dwell", "a", 46.186), ("Action", "b", 0), ("Click", "c", 0), ("Dwell", "c", 0.0),
+    ]  # fmt: skip
+    assert roles(log.events) == [TARGET, FOLLOWS, HATED, TARGET, FOLLOWS]
+    assert log.events[0].ts == 1649581149.287
+    assert (log.bad, [row.split(": ")[1] for row in log.bad_rows]) == (
+        5, ["$.seconds", "play_time_ms", "label", "time_ms", "expected 5 columns, got 3"],
+    )  # fmt: skip
+    assert len(read_log(tmp_path / "interactions.tsv.gz", "kuairand", limit=2).events) == 3
+    assert len(read_log(tmp_path, "kuairand", limit=1).events) == 2
+
+
+def test_a_dwell_is_a_target_unless_it_follows_its_click() -> None:
+    made = {"user_id": "u", "ts": 1.0}
+    events = [
+        Dwell(item_id="a", seconds=1, **made), Click(item_id="b", **made), Dwell(item_id="b", seconds=1, **made),
+        Dwell(item_id="b", seconds=9, **made), Dwell(item_id="a", seconds=1, **made),
+        Action(item_id="a", name="skip", **made), Action(item_id="a", name="like", **made),
+    ]  # fmt: skip
+    assert roles(events) == [TARGET, TARGET, FOLLOWS, FOLLOWS, TARGET, HATED, TARGET]
+
+
+def test_likes_and_hates_are_scored_and_only_likes_are_ranked() -> None:
+    log, rng = chain(300), np.random.default_rng(1)
+    for i in sorted(rng.choice(300, 60, replace=False).tolist(), reverse=True):
+        event = log.events[i]
+        hide = Action(user_id=event.user_id, item_id=f"n{i}", ts=event.ts, name="hide")
+        log.events.insert(i, hide)
+        log.baskets.insert(i, "")
+    result = run(log, exclusion="none")
+    assert result["judged"]["likes"] == 300
+    assert result["judged"]["hates"] == 60
+    assert 0.5 < result["auc"] <= 1.0  # nobody ever chose what is hated here
+    assert sum(row["events"] for row in result["over_time"]) == 300 - 40
+    assert result["events"] == 360
+
+
 @pytest.mark.parametrize(
     ("text", "form", "columns", "message"),
     [
@@ -230,3 +278,6 @@ def test_real_rows() -> None:
     assert len(read_log(DATA / "online-retail.csv.gz", "online-retail").events) == 518_385
     assert len(read_log(DATA / "movietweetings-100k", "movietweetings").events) == 100_000
     assert len(read_log(DATA / "ml-latest-small", "movielens").events) == 100_004
+    videos = read_log(DATA / "kuairand-subset", "kuairand")
+    assert np.bincount(np.array(roles(videos.events)) + 1).tolist() == [33_745, 8_083, 33_745]
+    assert videos.bad == 0

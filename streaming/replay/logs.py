@@ -1,4 +1,4 @@
-"""Readers of real logs: MovieLens, MovieTweetings, Online Retail and any CSV, as columns in time order.
+"""Readers of real logs: MovieLens, MovieTweetings, Online Retail, KuaiRand and any CSV, as columns in time order.
 
 Knows nothing about models. A row that cannot be read is counted and listed with its line number, never silently
 dropped; a file that cannot be the format is an error that says where and what was expected.
@@ -14,14 +14,22 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
 from streaming.events import Action, Click, Dwell, Interaction, Rating, View, decode, encode
 
-FORMATS: Final = ("movielens", "movietweetings", "online-retail", "csv")
-EXCLUSIONS: Final = {"movielens": "seen", "movietweetings": "seen", "online-retail": "invoice", "csv": "none"}
+FORMATS: Final = ("movielens", "movietweetings", "online-retail", "kuairand", "csv")
+EXCLUSIONS: Final = {
+    "movielens": "seen", "movietweetings": "seen", "online-retail": "invoice", "kuairand": "none", "csv": "none",
+}  # fmt: skip
 """What a format leaves out of a slate by default."""
+TARGET, HATED, FOLLOWS = 1, 0, -1
+"""What an event is to a replay: ranked; only scored, as what should score low; neither, as it tells of the one before.
+"""
+PUSHED: Final = ("hide", "skip")
+"""Actions that say no."""
 COLUMNS: Final = ("user", "item", "ts", "rating", "dwell", "kind")
 LISTED: Final = 20
 
@@ -63,9 +71,9 @@ def read_log(path: Path, form: str, columns: Mapping[str, str] | None = None, li
     file = _file(path, form)
     log = ReplayLog()
     try:
-        {"movielens": _movielens, "movietweetings": _movietweetings, "online-retail": _retail}.get(
-            form, lambda f, g: _csv(f, g, columns or {})
-        )(file, log)
+        {
+            "movielens": _movielens, "movietweetings": _movietweetings, "online-retail": _retail, "kuairand": _kuairand,
+        }.get(form, lambda f, g: _csv(f, g, columns or {}))(file, log)  # fmt: skip
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ReplayError(f"{file}: expected a gzip file, got something else ({error})") from error
     except UnicodeDecodeError as error:
@@ -73,13 +81,35 @@ def read_log(path: Path, form: str, columns: Mapping[str, str] | None = None, li
     if not log.events:
         listed = "".join(f"\n  {row}" for row in log.bad_rows[:3])
         raise ReplayError(f"{file}: expected at least one event, got none ({log.bad} unreadable rows){listed}")
-    order = sorted(range(len(log.events)), key=lambda i: log.events[i].ts)[:limit]
+    order = sorted(range(len(log.events)), key=lambda i: log.events[i].ts)
     log.events, log.baskets = [log.events[i] for i in order], [log.baskets[i] for i in order]
+    if limit is not None:
+        rows = accumulate(role != FOLLOWS for role in roles(log.events))
+        log.events = [event for event, row in zip(log.events, rows, strict=True) if row <= limit]
+        log.baskets = log.baskets[: len(log.events)]
     return log
 
 
+def roles(events: Iterable[Interaction]) -> list[int]:
+    """Return TARGET, HATED or FOLLOWS of each event, in order: a skip or hide is hated, a dwell follows its click."""
+    newest, out = dict[str, str](), list[int]()
+    for event in events:
+        if isinstance(event, Action) and event.name in PUSHED:
+            out.append(HATED)
+        elif isinstance(event, Dwell) and newest.get(event.user_id) == event.item_id:
+            out.append(FOLLOWS)
+            continue
+        else:
+            out.append(TARGET)
+        newest[event.user_id] = event.item_id if isinstance(event, Click) else ""
+    return out
+
+
 def _file(path: Path, form: str) -> Path:
-    names = {"movielens": "ratings.csv", "movietweetings": "ratings.dat", "online-retail": "online-retail.csv"}
+    names = {
+        "movielens": "ratings.csv", "movietweetings": "ratings.dat", "online-retail": "online-retail.csv",
+        "kuairand": "interactions.tsv",
+    }  # fmt: skip
     if path.is_dir():
         if form not in names:
             raise ReplayError(f"{path}: expected a file for --format {form}, got a folder")
@@ -103,9 +133,11 @@ def _lines(file: Path) -> Iterator[str]:
             yield from lines
 
 
-def _table(file: Path, log: ReplayLog, wanted: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+def _table(
+    file: Path, log: ReplayLog, wanted: tuple[str, ...], delimiter: str = ","
+) -> Iterator[tuple[str, list[str]]]:
     """Yield (file:line, the wanted columns) of a CSV with a header."""
-    reader = csv.reader(_lines(file))
+    reader = csv.reader(_lines(file), delimiter=delimiter)
     header = [name.strip() for name in next(reader, [])]
     missing = [name for name in wanted if name not in header]
     if missing:
@@ -218,6 +250,26 @@ def _retail(file: Path, log: ReplayLog) -> None:
                 log, where, lambda u=user, c=code, d=date: Click(user_id=u, item_id=c, ts=_time(d, "InvoiceDate")),  # type: ignore[misc]
                 invoice,
             )  # fmt: skip
+
+
+def _kuairand(file: Path, log: ReplayLog) -> None:
+    """Read a video liked (label 1) as a click and then its dwell, one that was hated (label 0) as the action `hide`."""
+    wanted = ("user_id", "video_id", "time_ms", "play_time_ms", "label")
+    for where, (user, video, ms, played, label) in _table(file, log, wanted, "\t"):
+        try:
+            ts, seconds = _time(str(_number(ms, "time_ms") / 1000), "time_ms"), _number(played, "play_time_ms") / 1000
+            if label not in ("0", "1"):
+                raise ValueError(f"label: expected 0 or 1, got {label[:40]!r}")
+            dwell = Dwell(user_id=user, item_id=video, ts=ts, seconds=seconds)
+            decode(encode(dwell))  # a row is read whole or not at all
+        except ValueError as error:
+            log.reject(where, str(error))
+            continue
+        if label == "0":
+            _add(log, where, lambda d=dwell: Action(user_id=d.user_id, item_id=d.item_id, ts=d.ts, name="hide"))  # type: ignore[misc]
+            continue
+        _add(log, where, lambda d=dwell: Click(user_id=d.user_id, item_id=d.item_id, ts=d.ts))  # type: ignore[misc]
+        _add(log, where, lambda d=dwell: d)  # type: ignore[misc]
 
 
 def _csv(file: Path, log: ReplayLog, columns: Mapping[str, str]) -> None:

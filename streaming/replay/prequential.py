@@ -21,12 +21,12 @@ from models.examples import item_hash
 from models.items import Items
 from models.learner import Learner
 from models.profile import unpack
-from models.recommend import History, Request, Slate, blocked_rows, recommend
+from models.recommend import History, Request, Slate, blocked_rows, recommend, score_items
 from models.retrieval import ranks
 from models.rows import Rows
-from streaming.events import Click, Interaction, Weights, impression
+from streaming.events import Click, Event, Interaction, Weights, impression
 from streaming.learn import Part, UserFold
-from streaming.replay.logs import ReplayLog
+from streaming.replay.logs import HATED, TARGET, ReplayLog, roles
 from streaming.replay.report import report
 from streaming.state import MemoryUserStore, UserRead
 
@@ -37,7 +37,14 @@ F64 = NDArray[np.float64]
 
 @dataclass(slots=True)
 class Trail:
-    """What a replay noted of each event, as lists of equal length; rank nan where the item was never seen before."""
+    """What a replay noted of each target, as lists of equal length; rank nan where the item was never seen before.
+
+    events: their places in the log. judged: (place in the log, score) of every target and every hated item, where the
+    log has hated ones.
+    """
+
+    events: list[int] = field(default_factory=list)
+    judged: list[tuple[int, float]] = field(default_factory=list)
 
     ranks: list[float] = field(default_factory=list)
     popularity: list[F64] = field(default_factory=list)
@@ -50,14 +57,14 @@ class Trail:
 class Replay:
     """The whole system in one process, without transports: profiles, items, learner.
 
-    seed: the learner's; exclusion: what a slate leaves out.
+    seed: the learner's; exclusion: what a slate leaves out; judging: also score each event's item by itself.
     """
 
-    def __init__(self, *, seed: int = 1, exclusion: Exclusion = "none") -> None:
+    def __init__(self, *, seed: int = 1, exclusion: Exclusion = "none", judging: bool = False) -> None:
         self.rows = Rows()
         self.items = Items(rows=self.rows)
         self.learner = Learner(rows=self.rows, seed=seed)
-        self.exclusion = exclusion
+        self.exclusion, self.judging = exclusion, judging
         self.store = MemoryUserStore()
         self.fold = UserFold(Weights())
         self.trail = Trail()
@@ -65,21 +72,38 @@ class Replay:
         self._basket: dict[str, list[int]] = {}
         self._basket_name = ""
 
-    def step(self, event: Interaction, basket: str) -> Slate:
-        """Rank the event's item, then learn the event; returns the slate that was offered."""
+    def step(self, event: Interaction, basket: str, place: int = 0) -> Slate:
+        """Rank the item of the log's event at `place`, then learn the event; returns the slate that was offered."""
         started = time.perf_counter()
         read = self.store.read_now(0, [event.user_id])
         history = self._history(read)
         request = self._request(event, basket)
         slate = recommend(self.items, self.learner.model, history, request)
         self.trail.recommend_s += time.perf_counter() - started
+        self.trail.events.append(place)
         self._note(event, history, request, slate)
+        if self.judging:
+            self._judge(event, place, history, request)
         started = time.perf_counter()
         self._learn(event, slate, read)
         if basket:
             self._basket.setdefault(basket, []).append(item_hash(event.item_id))
         self.trail.learn_s += time.perf_counter() - started
         return slate
+
+    def follow(self, event: Interaction, place: int, *, hated: bool) -> None:
+        """Learn an event that is no target; one that was hated is scored before."""
+        read = self.store.read_now(0, [event.user_id])
+        if hated:
+            self._judge(event, place, self._history(read), self._request(event, ""))
+        started = time.perf_counter()
+        self._fold([event], read)
+        self.trail.learn_s += time.perf_counter() - started
+
+    def _judge(self, event: Interaction, place: int, history: History, request: Request) -> None:
+        key = np.array([item_hash(event.item_id)], np.uint64)
+        score = score_items(self.items, self.learner.model, history, request, key)
+        self.trail.judged.append((place, float(score[0])))
 
     def _history(self, read: UserRead) -> History:
         if read.profiles[0] is None:
@@ -121,12 +145,13 @@ class Replay:
         offered = impression(
             event.user_id, request.slate_id, event.ts, request.surface, shown, slate.impression().to_bytes()
         )
-        record_ms = round(event.ts * 1000)
-        part = Part(
-            0, self._offset, self._offset + 2, [self._offset, self._offset + 1], [record_ms, record_ms],
-            [offered, event],
-        )  # fmt: skip
-        self._offset += 2
+        self._fold([offered, event], read)
+
+    def _fold(self, events: list[Event], read: UserRead) -> None:
+        first, following = self._offset, self._offset + len(events)
+        times = [round(event.ts * 1000) for event in events]
+        part = Part(0, first, following, list(range(first, following)), times, events)
+        self._offset = following
         outcome = self.fold.fold([part], {0: read})
         for write in outcome.writes:
             self.store.commit_now(write)
@@ -145,10 +170,14 @@ def run(
 ) -> dict[str, Any]:
     """Replay a log and return the report; `progress` is told every 100 events."""
     warm()
-    replay = Replay(seed=seed, exclusion=exclusion)
+    each = roles(log.events)
+    replay = Replay(seed=seed, exclusion=exclusion, judging=HATED in each)
     done = 0
-    for done, (event, basket) in enumerate(zip(log.events, log.baskets, strict=True), 1):
-        replay.step(event, basket)
+    for done, (event, basket, role) in enumerate(zip(log.events, log.baskets, each, strict=True), 1):
+        if role == TARGET:
+            replay.step(event, basket, done - 1)
+        else:
+            replay.follow(event, done - 1, hated=role == HATED)
         if progress is not None and done % 100 == 0:
             progress(done, replay)
         if stop():

@@ -12,7 +12,7 @@ from models import metrics
 from models.decay import GRID, NAMES
 from models.learner import Learner
 from models.retrieval import CHANNELS
-from streaming.replay.logs import ReplayError, ReplayLog
+from streaming.replay.logs import TARGET, ReplayError, ReplayLog, roles
 
 if TYPE_CHECKING:
     from streaming.replay.prequential import Trail
@@ -29,7 +29,8 @@ def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[st
     seen = ~np.isnan(rank)
     popularity = np.array(trail.popularity).reshape(-1, GRID)
     names = {user: i for i, user in enumerate(dict.fromkeys(event.user_id for event in log.events[:done]))}
-    users = np.array([names[event.user_id] for event in log.events[:done]])
+    owners = np.array([names[event.user_id] for event in log.events[:done]])
+    users, times = owners[trail.events], [log.events[i].ts for i in trail.events]
     alone = {name: metrics.summary(popularity[seen, h]) for h, name in enumerate(NAMES)}
     best = max(range(GRID), key=lambda h: alone[NAMES[h]]["ndcg@10"])
     lead = metrics.ndcg(rank[seen]) - metrics.ndcg(popularity[seen, best])
@@ -45,7 +46,8 @@ def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[st
         "lead": {"ndcg@10": float(lead.mean()) if len(lead) else 0.0, "low": low, "high": high},
         "never_seen_share": float((~seen).mean()),
         "retrieved_share": float(np.isfinite(rank[seen]).mean()) if seen.any() else 0.0,
-        "over_time": _over_time(log, rank, popularity[:, best], done),
+        **_judged(log, trail, owners),
+        "over_time": _over_time(times, rank, popularity[:, best]),
         "by_history_length": _by_length(rank, popularity[:, best], np.array(trail.lengths)),
         "by_channel": _by_channel(rank, np.array(trail.channels)),
         "bad_rows": {"count": log.bad, "first": log.bad_rows},
@@ -64,12 +66,27 @@ def _pair(rank: F64, baseline: F64) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _over_time(log: ReplayLog, rank: F64, baseline: F64, done: int) -> list[dict[str, Any]]:
+def _judged(log: ReplayLog, trail: Trail, owners: NDArray[np.int64]) -> dict[str, Any]:
+    """Likes above hates: pooled over all events, as a mean of the users' own, and among items seen before."""
+    if not trail.judged:
+        return {}
+    places = np.array([place for place, _ in trail.judged])
+    scores, each = np.array([score for _, score in trail.judged]), np.array(roles(log.events))
+    liked = each[places] == TARGET
+    per_user, judging = metrics.user_auc(scores, liked, owners[places])
+    return {
+        "auc": metrics.auc(scores, liked),
+        "judged": {"likes": int(liked.sum()), "hates": int((~liked).sum()), "user_auc": per_user, "users": judging},
+    }
+
+
+def _over_time(times: list[float], rank: F64, baseline: F64) -> list[dict[str, Any]]:
+    done = len(times)
     cuts = np.linspace(0, done, min(PERIODS, done) + 1).astype(int)
     out = []
     for first, last in pairwise(cuts.tolist()):
         part = np.arange(first, last)[~np.isnan(rank[first:last])]
-        out.append({"until": log.events[last - 1].ts, **_pair(rank[part], baseline[part])})
+        out.append({"until": times[last - 1], **_pair(rank[part], baseline[part])})
     return out
 
 
