@@ -98,9 +98,10 @@ class Learner:
     def grow(self) -> None:
         """Follow the shared rows."""
         self.encoder.grow()
-        self.popularity.grow(self.rows.capacity)
-        self._touched = grown(self._touched, self.rows.capacity)
-        self._checks = grown(self._checks, self.rows.capacity)
+        if len(self._checks) < self.rows.capacity:
+            self.popularity.grow(self.rows.capacity)
+            self._touched = grown(self._touched, self.rows.capacity)
+            self._checks = grown(self._checks, self.rows.capacity)
 
     def learn(self, entries: Entries, origin: Origin = START) -> Learned:
         """Learn one micro-batch of entries, which came with the record that began at `origin`."""
@@ -121,14 +122,19 @@ class Learner:
 
     def _apart(self, entries: Entries) -> Entries:
         """Leave out entries whose id is not that of the row their hash names: the item agent dead-letters them."""
-        keep, named = np.ones(len(entries), np.bool_), dict[int, int]()
+        named, collided = dict[int, int](), list[int]()
         rows = self.rows.find(entries.target).tolist()
         for i, (key, row, text) in enumerate(zip(entries.target.tolist(), rows, entries.ids, strict=True)):
             if text:
                 check = _check(text)
                 owner = (int(self._checks[row]) if row >= 0 else 0) or named.setdefault(key, check)
-                keep[i] = owner == check
-        self.collided += len(entries) - int(keep.sum())
+                if owner != check:
+                    collided.append(i)
+        if not collided:
+            return entries
+        self.collided += len(collided)
+        keep = np.ones(len(entries), np.bool_)
+        keep[collided] = False
         return entries.take(keep)
 
     def excess(self, most: int) -> int:
@@ -220,23 +226,22 @@ class Learner:
         out.lists += 1
 
     def _enter(self, entries: Entries, entering: I64, out: Learned) -> None:
-        targets = self.rows.add(entries.target[entering])
-        start, keys = _histories(entries.history_start, entries.history_item, entering)
-        history = np.full((len(entering), POSITIONS), -1, np.int64)
-        _place(start, self.rows.add(keys), history)
+        k = len(entering)
+        start, keys = _keys(entries.target, entries.history_start, entries.history_item, entering)
+        rows = self.rows.add(keys)
+        targets, history = rows[:k], np.empty((k, POSITIONS), np.int64)
         self.grow()
-        checks = [_check(entries.ids[i]) if entries.ids[i] else 0 for i in entering.tolist()]
-        np.maximum.at(self._checks, targets, np.array(checks, np.uint16))
+        checks = np.array([_check(entries.ids[i]) if entries.ids[i] else 0 for i in entering.tolist()], np.uint16)
         popularity = self.popularity
+        _place(start, rows, history, checks, self._checks)
         _count(
             targets, entries.flags[entering], entries.time[entering], popularity.weights, popularity.cells,
             popularity.totals, popularity.total_cells, popularity.last, self.model.mixture, float(self.rows.known),
         )  # fmt: skip
         loss, changed = self.encoder.step(targets, history, self.step_seed(entries))
-        self._touched[changed] = True
-        self.rows.hold(changed, LEARNT)
-        self.learnt += len(entering)
-        out.entered += len(entering)
+        _mark(changed, self._touched, self.rows.held)
+        self.learnt += k
+        out.entered += k
         out.encoder_loss += loss
 
     def step_seed(self, entries: Entries) -> int:
@@ -311,25 +316,38 @@ def _check(text: str) -> int:
 
 
 @njit(cache=True)
-def _histories(history_start, history_item, entering):  # type: ignore[no-untyped-def]
-    """Return (start i64[k + 1], the newest 20 items of the entering entries' histories)."""
+def _keys(target, history_start, history_item, entering):  # type: ignore[no-untyped-def]
+    """Return (start i64[k + 1], keys): the k targets, then the newest 20 of each entry's history, from start[i] on."""
     k = len(entering)
-    start = np.zeros(k + 1, np.int64)
+    start = np.empty(k + 1, np.int64)
+    start[0] = k
     for i in range(k):
         e = entering[i]
         start[i + 1] = start[i] + min(history_start[e + 1] - history_start[e], 20)
     keys = np.empty(start[k], np.uint64)
     for i in range(k):
+        keys[i] = target[entering[i]]
         for j in range(start[i + 1] - start[i]):
             keys[start[i] + j] = history_item[history_start[entering[i]] + j]
     return start, keys
 
 
 @njit(cache=True)
-def _place(start, rows, out):  # type: ignore[no-untyped-def]
-    for i in range(len(out)):
+def _place(start, rows, history, checks, known_checks):  # type: ignore[no-untyped-def]
+    """Fill history i64[k, 20] (-1 = none) from the rows of `_keys`, and note the checks of the targets' ids."""
+    history[:] = -1
+    for i in range(len(history)):
+        known_checks[rows[i]] = max(known_checks[rows[i]], checks[i])
         for j in range(start[i + 1] - start[i]):
-            out[i, j] = rows[start[i] + j]
+            history[i, j] = rows[start[i] + j]
+
+
+@njit(cache=True)
+def _mark(rows, touched, held):  # type: ignore[no-untyped-def]
+    """Say of rows that they are touched and held by what is learnt."""
+    for i in range(len(rows)):
+        touched[rows[i]] = True
+        held[rows[i]] |= LEARNT
 
 
 @njit(cache=True)
