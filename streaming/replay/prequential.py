@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from models import metrics
 from models.decay import GRID
-from models.examples import item_hash
+from models.examples import Entries, item_hash
 from models.items import Items
 from models.learner import Learner
 from models.profile import unpack
@@ -156,8 +156,12 @@ class Replay:
         for write in outcome.writes:
             self.store.commit_now(write)
         for entries in outcome.records:
-            self.items.fold(entries)
-            self.learner.learn(entries)
+            self.learn_entries(entries)
+
+    def learn_entries(self, entries: Entries) -> None:
+        """Let items and learner learn; what measures a late learner holds entries back here."""
+        self.items.fold(entries)
+        self.learner.learn(entries)
 
 
 def run(
@@ -167,11 +171,12 @@ def run(
     seed: int = 1,
     progress: Callable[[int, Replay], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    make: Callable[..., Replay] = Replay,
 ) -> dict[str, Any]:
-    """Replay a log and return the report; `progress` is told every 100 events."""
+    """Replay a log and return the report; `progress` is told every 100 events, `make` makes the replay."""
     warm()
     each = roles(log.events)
-    replay = Replay(seed=seed, exclusion=exclusion, judging=HATED in each)
+    replay = make(seed=seed, exclusion=exclusion, judging=HATED in each)
     done = 0
     for done, (event, basket, role) in enumerate(zip(log.events, log.baskets, each, strict=True), 1):
         if role == TARGET:
