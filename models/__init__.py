@@ -12,7 +12,7 @@ Files in the order in which one event travels through them:
     factors       item vectors, biases, and what they say of a sequence
     encoder       the step that trains them (torch, lazily)
     features      named features of (user, item, now)
-    ranker        linear model and network over them, listwise
+    ranker        linear model and network over them, listwise (a package)
     model         everything learnt that scoring needs, in one object
     learner       the fold over `examples` that moves the model
     retrieval     candidates of each channel

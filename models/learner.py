@@ -211,7 +211,7 @@ class Learner:
 
     def _rank(self, held: Held, target: int, out: Learned) -> None:
         """One listwise step; without logged candidates, against what was viewed or stands above one below a choice."""
-        x = held.shown.features.astype(np.float64)
+        x = held.shown.features
         place = int(np.flatnonzero(held.shown.candidates == target)[0])
         if not held.listed:
             items = held.shown.items.tolist()

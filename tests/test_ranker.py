@@ -14,6 +14,7 @@ from models.features import FEATURES, LOG_PRIOR, LOG_TRANSITION, F, Frame, Learn
 from models.items import Items
 from models.learner import Learner
 from models.ranker import Ranker
+from models.ranker.listwise import WORST
 from models.rows import Rows
 from tests.entries import KEYS, Walk
 
@@ -148,6 +149,38 @@ def test_the_linear_model_stays_where_the_network_fails() -> None:
     assert ranker.score(x) == pytest.approx(_by_weights(ranker, x))
 
 
+@pytest.mark.parametrize("broken", ["network", "linear"])
+def test_a_model_that_diverged_is_born_again(broken: str) -> None:
+    """It neither scores nor stays in the state, which refuses what is not finite; the network waits its turn again."""
+    ranker, rng = Ranker(), np.random.default_rng(5)
+    for _ in range(1500):
+        ranker.learn(*crossed(rng))
+    assert ranker.scorer == "network"
+    (ranker.output if broken == "network" else ranker.weights)[:] = 1e30
+    if broken == "network":
+        ranker.output[3] = np.nan
+    before = ranker.losses.copy()
+    assert ranker.learn(*crossed(rng)) < WORST
+    assert ranker.scorer == ("linear" if broken == "network" else "network")
+    again = Ranker()
+    again.set_state(again.read_state(ranker.state()))
+    assert np.isfinite(again.score(crossed(rng)[0])).all()
+    for _ in range(1500):
+        assert np.isfinite(ranker.learn(*crossed(rng)))
+    assert ranker.scorer == "network"
+    assert ranker.losses[1] < before[0]
+
+
+@given(seed=st.integers(0, 2**32), m=st.integers(2, 70), n=st.integers(0, 5))
+def test_learning_is_the_same_bits_each_time(seed: int, m: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    lists = [(3.0 * rng.normal(size=(m, F)), int(rng.integers(m))) for _ in range(n)]
+    one, other = Ranker(), Ranker()
+    assert [one.learn(*x) for x in lists] == [other.learn(np.asfortranarray(x.copy()), label) for x, label in lists]
+    for name, value in one.state().items():
+        np.testing.assert_array_equal(other.state()[name], value)
+
+
 def _by_weights(ranker: Ranker, x: np.ndarray) -> np.ndarray:
     z = np.clip((x - ranker.mean) / np.sqrt(ranker.variance + 1e-6), -5, 5)
     return np.asarray(z @ ranker.weights)
@@ -166,22 +199,22 @@ def test_a_score_does_not_depend_on_the_other_candidates(seed: int, m: int) -> N
 def test_the_gradient_is_that_of_the_loss() -> None:
     """One step of Adagrad from its start moves each weight against the loss's numerical slope."""
     rng = np.random.default_rng(3)
-    x, label = rng.normal(size=(9, F)), 4
+    x, label = rng.normal(size=(9, F)).astype(np.float16).astype(float), 4
     ranker = Ranker()
     ranker.lists[:], ranker.variance[:] = 1e9, 1.0
     before = {name: getattr(ranker, name).copy() for name in ("skip", "hidden", "offset", "output")}
     ranker.learn(x, label)
     for name, index in (("skip", (3,)), ("hidden", (2, 7)), ("hidden", (11, 30)), ("offset", (5,)), ("output", (9,))):
         slopes = []
-        for change in (1e-5, -1e-5):
+        for change in (2e-3, -2e-3):
             other = Ranker()
             other.mean[:], other.variance[:], other.losses[:] = ranker.mean, ranker.variance, (1.0, 0.5)
             getattr(other, name)[index] += change
             scores = other.score(x)
             slopes.append(np.log(np.exp(scores - scores[label]).sum()))
-        slope = (slopes[0] - slopes[1]) / 2e-5
+        slope = (slopes[0] - slopes[1]) / 4e-3
         moved = getattr(ranker, name)[index] - before[name][index]
-        assert moved == pytest.approx(-0.05 * slope / math.sqrt(1e-2 + slope**2), rel=1e-3, abs=1e-9)
+        assert moved == pytest.approx(-0.05 * slope / math.sqrt(1e-2 + slope**2), rel=5e-3, abs=1e-6)
 
 
 def test_state_of_version_0_1_is_read() -> None:
@@ -198,3 +231,6 @@ def test_state_of_version_0_1_is_read() -> None:
     again.set_state(again.read_state(learnt.state()))
     for name, value in learnt.state().items():
         np.testing.assert_array_equal(again.state()[name], value)
+    doubles = {name: np.asarray(value, float) for name, value in learnt.state().items() if name != "features"}
+    again.set_state(again.read_state({**doubles, "features": list(FEATURES)}))  # until 0.2 all were f64
+    np.testing.assert_array_equal(again.hidden, learnt.hidden)

@@ -1,0 +1,9 @@
+"""What orders the candidates: models over their features, and what is made of their scores.
+
+Knows nothing about how features came to be, nor about retrieval.
+
+    kernels       compiled loops of the listwise models
+    listwise      linear model and network over the features; the better one scores
+"""
+
+from models.ranker.listwise import Ranker as Ranker
