@@ -141,6 +141,25 @@ def _weights(value: object) -> tuple[Weight, ...]:
     return table
 
 
+HEADS = ("click", "dwell", "rating", "skip", "hide", "low_rating")
+"""What `head_weights` may name: the heads of models/ranker/heads.py, which also has their defaults."""
+
+
+def _heads(value: object) -> tuple[tuple[str, float], ...]:
+    expected = 'a JSON list of [head, weight], such as [["hide", -2], ["dwell", 0.5]]'
+    try:
+        rows: Any = json.loads(value) if isinstance(value, str) else value
+        table = tuple((str(head), float(weight)) for head, weight in rows)
+    except (ValueError, TypeError):
+        raise ValueError(expected) from None
+    for head, weight in table:
+        if head not in HEADS:
+            raise ValueError(f"{expected}; head one of {', '.join(HEADS)}, not {head!r}")
+        if not math.isfinite(weight) or abs(weight) > 100:
+            raise ValueError(f"{expected}; a weight from -100 to 100, not {weight}")
+    return table
+
+
 def _setting(default: Any, parse: Callable[[object], Any], text: str, *, secret: bool = False) -> Any:
     return field(default=default, metadata={"help": text, "parse": parse, "secret": secret})
 
@@ -202,6 +221,9 @@ class Settings:
     require_catalogue: bool = _setting(False, _bool, "Serve only items that have a catalogue entry.")
     event_weights: tuple[Weight, ...] = _setting(
         EVENT_WEIGHTS, _weights, "Table of (kind, condition, weight): what an event says of an item, as JSON."
+    )
+    head_weights: tuple[tuple[str, float], ...] = _setting(
+        (), _heads, "Table of (head, weight) of the sum that orders items, as JSON; heads not named keep their default."
     )
     max_users: int = _setting(
         1_000_000, _int(1, 10**9), "Users kept, all partitions together; the least recently active leave first."

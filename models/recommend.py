@@ -23,6 +23,7 @@ from models.features import FEATURES as FEATURES
 from models.features import F, Frame, Learnt, Viewer, features
 from models.items import Items
 from models.model import Model
+from models.ranker import heads
 from models.retrieval import (
     CHANNELS,
     FRESH,
@@ -75,6 +76,8 @@ class Request:
     categories: frozenset[str] = frozenset()
     keep_candidates: bool = False
     trace: bool = False
+    weights: F64 = field(default_factory=lambda: heads.DEFAULT)
+    """Of the heads, f64[H]: see models/ranker/heads.py."""
 
 
 @dataclass(slots=True)
@@ -133,7 +136,8 @@ def recommend(
         n, arrays, blocked, frame[0], channel_blends, own, model.factors.vectors, model.factors.bias, q, QUOTAS, place
     )
     marks += [clock()] if clock else []
-    x, scores = _rank(items, model, history, request, rows, own, q, frame, place)
+    x, said = _rank(items, model, history, request, rows, own, q, frame, place)
+    scores = heads.total(said, request.weights)
     marks += [clock()] if clock else []
     drawn, propensities = draw(scores, request)
     marks += [clock()] if clock else []
@@ -145,7 +149,7 @@ def recommend(
         features=(x if request.keep_candidates else x[drawn]).astype(np.float16),
     )  # fmt: skip
     if request.trace:
-        slate.trace = _trace(items, rows, channels, found, scores, marks)
+        slate.trace = _trace(items, model, rows, channels, found, said, slate, marks)
     return slate
 
 
@@ -153,14 +157,16 @@ def _rank(
     items: Items, model: Model, history: History, request: Request, rows: I64, own: I64, q: F32,
     frame: tuple[NDArray[np.int32], F64, F64, float], place: NDArray[np.int32],
 ) -> tuple[F64, F64]:  # fmt: skip
-    """Return the features f64[m, F] and final scores f64[m] of distinct rows; each row's depend on that row alone."""
+    """Return the features f64[m, F] and the heads f64[m, H] of distinct rows; each row's depend on that row alone."""
     x = np.empty((len(rows), F))
     features(
         rows, place, Viewer(own, history.times[:HISTORY_LIMIT]),
         Frame(request.now, frame[0], frame[1], frame[2], max(float(items.n), 1.0)), items.arrays(), items.born,
         Learnt(model.mixture, model.factors.vectors, model.factors.bias, q), x,
     )  # fmt: skip
-    return x, model.ranker.score(x)
+    said = np.zeros((len(rows), len(heads.HEADS)))
+    said[:, heads.CLICK] = model.ranker.score(x)
+    return x, said
 
 
 def score_items(items: Items, model: Model, history: History, request: Request, keys: U64) -> F64:
@@ -175,7 +181,8 @@ def score_items(items: Items, model: Model, history: History, request: Request, 
     rows, of = np.unique(np.where(rows < 0, spare, rows), return_inverse=True)
     q, frame = model.factors.encode(own), items.popularity.at(request.now)
     place = np.full(items.rows.capacity, -1, np.int32)
-    scores: F64 = _rank(items, model, history, request, rows, own, q, frame, place)[1][of]
+    _, said = _rank(items, model, history, request, rows, own, q, frame, place)
+    scores: F64 = heads.total(said, request.weights)[of]
     return scores
 
 
@@ -227,8 +234,12 @@ def _reasons(items: Items, channels: list[int], own: I64) -> list[str]:
     return [texts.get(channel, "Chosen most today") for channel in channels]
 
 
-def _trace(items: Items, rows: I64, channels: U8, found: I64, scores: F64, marks: list[float]) -> dict[str, Any]:
+def _trace(
+    items: Items, model: Model, rows: I64, channels: U8, found: I64, said: F64, slate: Slate, marks: list[float]
+) -> dict[str, Any]:
+    scores = slate.candidate_scores
     best = np.argsort(-scores, kind="stable")
+    parts = heads.parts(said, slate.request.weights)
     per_channel = {
         name: {
             "found": int(found[c]),
@@ -239,8 +250,12 @@ def _trace(items: Items, rows: I64, channels: U8, found: I64, scores: F64, marks
     names = ("retrieve_ms", "rank_ms", "draw_ms")
     stages = {name: 1e3 * (b - a) for name, a, b in zip(names, marks[:-1], marks[1:], strict=False)}
     top_scores = [
-        {"id": items.ids[rows[i]], "channel": CHANNELS[channels[i]], "score": float(scores[i])} for i in best[:50]
-    ]
+        {
+            "id": items.ids[rows[i]], "channel": CHANNELS[channels[i]], "score": float(scores[i]),
+            "heads": dict(zip(heads.NAMES, parts[i].round(6).tolist(), strict=True)),
+        }
+        for i in best[:50]
+    ]  # fmt: skip
     return {"channels": per_channel, "scores": top_scores, "stages": stages}
 
 

@@ -32,6 +32,7 @@ from models.decay import NAMES, STEPS
 from models.examples import KIND_NAMES, CodecError
 from models.features import FEATURES
 from models.profile import ProfileView, unpack
+from models.ranker import heads
 from serving.lookup import row_of, unknown_item, user_id
 from serving.messages import Problem, json_response
 from serving.overload import MAX_APPENDING, MAX_BODIES, MAX_LISTS
@@ -139,6 +140,9 @@ async def models(parts: Parts, request: Request) -> Response:
             },
             "scorer": ranker.scorer,
             "ranker_loss": dict(zip(("linear", "network"), np.round(ranker.losses, 5).tolist(), strict=True)),
+            "head_weights": dict(
+                zip(heads.NAMES, heads.head_weights(parts.settings.head_weights).tolist(), strict=True)
+            ),
             "vectors": {"rows": model.rows.known, "dim": int(model.factors.vectors.shape[1])},
             "policy": parts.settings.policy,
             "epsilon": parts.settings.epsilon,

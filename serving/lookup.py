@@ -19,6 +19,7 @@ from starlette.responses import Response
 from infra.telemetry import SLATE_SECONDS, SLATES, TOKEN_WAITS
 from models.examples import CodecError, item_hash
 from models.profile import unpack
+from models.ranker.heads import head_weights
 from models.recommend import History, Slate, popular, recommend, samples, similar
 from models.recommend import Request as Ask
 from models.retrieval import CHANNELS
@@ -181,6 +182,7 @@ def _ask(parts: Parts, query: LookupQuery, slate_id: str, now: float) -> Ask:
         epsilon=settings.epsilon, exclude=_hashes(query.exclude), seen=query.seen,
         categories=frozenset(query.categories), trace=query.trace,
         keep_candidates=query.track and samples(slate_id, settings.feature_share),
+        weights=head_weights(settings.head_weights),
     )  # fmt: skip
 
 

@@ -49,6 +49,9 @@ def test_argument_beats_environment_beats_stack_beats_default(tmp_path: Path) ->
         ("event_weights", "[1]", "JSON list of"),
         ("event_weights", '[["click", "seconds < 3", 1]]', "a condition that kind click has"),
         ("event_weights", '[["applause", "", 1]]', "kind one of"),
+        ("head_weights", "[1]", "JSON list of"),
+        ("head_weights", '[["joy", 1]]', "head one of"),
+        ("head_weights", '[["hide", "nan"]]', "from -100 to 100"),
     ],
 )
 def test_a_bad_value_says_where_expected_got(tmp_path: Path, name: str, value: str, says: str) -> None:
@@ -70,8 +73,9 @@ def test_unknown_setting_and_broken_stack_file(tmp_path: Path) -> None:
 
 def test_environment_round_trip(tmp_path: Path) -> None:
     settings = Settings.load(
-        tmp_path, env={}, require_catalogue=True, event_weights=[["click", "", 2]], admin_key="s3cret", port=0
-    )
+        tmp_path, env={}, require_catalogue=True, event_weights=[["click", "", 2]], head_weights=[["hide", -2]],
+        admin_key="s3cret", port=0,
+    )  # fmt: skip
     assert Settings.load(env=settings.environment()) == settings
 
 

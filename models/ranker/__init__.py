@@ -4,6 +4,7 @@ Knows nothing about how features came to be, nor about retrieval.
 
     kernels       compiled loops of the listwise models
     listwise      linear model and network over the features; the better one scores
+    heads         the weighted sum of what each head says of an item
 """
 
 from models.ranker.listwise import Ranker as Ranker
