@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infra.settings import Settings, SettingsError, read_stack
-from infra.terminal import LEARN, LOOK, PROCESS, RUN, Data, Json, console, fail, show_json
+from infra.terminal import LEARN, LOOK, PROCESS, RUN, Data, Json, console, ended_by_signals, fail, show_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,7 +118,7 @@ def up(
     )  # fmt: skip
     configure_logging(settings.log_level)
     screen = console(err=True)
-    with _ended_by_signals(), screen.status("starting") as status:
+    with ended_by_signals(), screen.status("starting") as status:
         stack = Stack(settings, quiet=not screen.is_terminal, say=lambda text: status.update(text + " ..."))
         try:
             stack.start()
@@ -132,23 +132,6 @@ def up(
             status.update("ending all processes ...")
             stack.stop()
     screen.print("All ended; the state is in", str(stack.data))
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Any:
-    """SIGTERM and SIGHUP end like Ctrl-C."""
-    import signal
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _sleep_until_interrupted() -> None:
@@ -260,55 +243,13 @@ def demo(
         screen.print("All ended. Next: [bold]freshet up[/] starts your own stack; the README shows what to send it.")
 
 
-@app.command(rich_help_panel=LEARN)
-def bench(
-    what: Annotated[
-        list[str] | None,
-        typer.Argument(help="ingest, lookup, freshness: default. Or, alone: overload, soak.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-    seconds: Annotated[
-        float | None,
-        typer.Option(help="Length of the load; default 60, of soak 600.", min=1, max=86_400, show_default=False),
-    ] = None,
-    backlog: Annotated[int, typer.Option(help="Events that ingest drains.", min=5000, max=5_000_000)] = 200_000,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the memory of soak into this picture.", show_default=False)
-    ] = None,
-) -> None:
-    """Measure ingest, lookups and freshness on a private stack, each beside a floor of the same run.
+def _bench_and_chaos() -> None:
+    from infra.proving.verbs import add
 
-    10,000 items, 10,000 users; the load comes from a process of its own, with arrivals that do not wait for answers.
-    Everything runs in a temporary folder that is deleted afterwards. Other work on the machine shows in the figures.
+    add(app)
 
-      freshet bench                              all three, about four minutes
-      freshet bench lookup --seconds 20 --json
-      freshet bench overload                     three times too many events: are lookups as quick?
-      freshet bench soak --plot memory.png       ten minutes of new users and items: is memory flat?
-    """
-    if what == ["overload"]:
-        from infra.proving.overload import overload_verb
 
-        with _ended_by_signals():
-            overload_verb(seconds or 60.0, as_json=as_json)
-        return
-    if what == ["soak"]:
-        from infra.proving.soak import soak_verb
-
-        with _ended_by_signals():
-            soak_verb(seconds or 600.0, as_json=as_json, picture=plot)
-        return
-    from infra.proving.bench import WHAT, bench_for_people, show
-
-    chosen = [name for name in WHAT if name in (what or WHAT)]
-    if unknown := set(what or ()) - set(WHAT):
-        fail(f"bench: expected some of {', '.join(WHAT)}, got {', '.join(sorted(unknown))}", 2)
-    with _ended_by_signals():
-        report = bench_for_people(chosen, seconds=seconds or 60.0, backlog=backlog, screen=console(err=True))
-    if as_json:
-        show_json(report)
-    else:
-        show(report, console())
+_bench_and_chaos()
 
 
 @app.command(rich_help_panel=LEARN)
@@ -487,15 +428,6 @@ def _rebuild_and_dead_letters() -> None:
 
 
 _rebuild_and_dead_letters()
-
-
-def _chaos() -> None:
-    from infra.proving.verbs import add
-
-    add(app)
-
-
-_chaos()
 
 
 def _keys() -> None:

@@ -36,9 +36,10 @@ ALLOWED = {
 OWNERS = {"faust": "streaming/consumer.py", "mode": "streaming/consumer.py", "redis": "streaming/state.py"}
 FOLDERS = {
     "torch": {"models"},
-    "river": {"models"},
+    "river": {"models", "infra"},  # infra: a reference of the bench
+    "implicit": {"infra"},  # a reference of the bench
     "faiss": {"models"},
-    "numba": {"models"},
+    "numba": {"models", "infra"},  # infra: kernels of the bench's references
     "fastapi": {"serving"},
     "starlette": {"serving"},
     "uvicorn": {"serving"},

@@ -10,5 +10,6 @@ Files:
     faults  what it inflicts, and how each is undone
     publisher  the known stream, and clients that publish it
     proxy  a TCP proxy that cuts, stalls and half-closes the connections it carries
-    verbs  what `chaos` asks and shows in a terminal
+    quality/  `freshet bench quality`: Freshet beside the references, over a log
+    verbs  what `bench` and `chaos` ask, and what chaos shows
 """

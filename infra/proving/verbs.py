@@ -1,4 +1,4 @@
-"""The verb `chaos`: what it asks and shows in a terminal; the work is done in infra/proving/chaos.py.
+"""The verbs `bench` and `chaos`: what they ask, and what chaos shows; the work is done in the modules beside.
 
 Imports what works lazily, for every process of ours reads the verbs.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infra.terminal import LEARN, Json, console, show_json
+from infra.terminal import LEARN, Json, console, ended_by_signals, fail, show_json
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN = 14
 """Faults in the live view."""
+QUALITY = "Of `bench quality`"
 
 
 def chaos(
@@ -130,6 +131,108 @@ def _counted(what: str, counts: dict[str, Any]) -> str:
     return f"[dim]{what}: " + (", ".join(f"{n.replace('_', ' ')} {c}" for n, c in sorted(counts.items())) or "none")
 
 
+def bench(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="ingest, lookup, freshness: default. Or, alone: overload, soak, quality.", show_default=False
+        ),
+    ] = None,
+    as_json: Json = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Length of the load; default 60, of soak 600.", min=1, max=86_400, show_default=False),
+    ] = None,
+    backlog: Annotated[int, typer.Option(help="Events that ingest drains.", min=5000, max=5_000_000)] = 200_000,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the memory of soak, or NDCG of quality, into this picture.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A log: file or folder, .gz too.", rich_help_panel=QUALITY, show_default=False)
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="movielens, movietweetings, online-retail, kuairand or csv.",
+                     rich_help_panel=QUALITY),
+    ] = "csv",
+    columns: Annotated[
+        str, typer.Option(help="user=...,item=...,ts=...[,rating=...,kind=...] of a csv.", rich_help_panel=QUALITY)
+    ] = "",
+    protocol: Annotated[
+        str,
+        typer.Option(help="line: an event at a time; basket: an invoice from one state.", rich_help_panel=QUALITY),
+    ] = "line",
+    exclude: Annotated[
+        str | None,
+        typer.Option(help="seen, invoice or none; default as in `replay`.", rich_help_panel=QUALITY,
+                     show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only the first N events.", min=100, rich_help_panel=QUALITY, show_default=False),
+    ] = None,
+    only: Annotated[
+        str, typer.Option(help="Only these, of ours and the references: NAME,...", rich_help_panel=QUALITY)
+    ] = "",
+    resume: Annotated[
+        Path, typer.Option(help="Folder of what was computed: a run goes on there.", rich_help_panel=QUALITY)
+    ] = Path(".freshet-quality"),
+    delays: Annotated[
+        int,
+        typer.Option(help="Events of the freshness curve; 0: none.", min=0, rich_help_panel=QUALITY),
+    ] = 20_000,
+) -> None:  # fmt: skip
+    """Measure ingest, lookups and freshness on a private stack, each beside a floor of the same run.
+
+    10,000 items, 10,000 users; the load comes from a process of its own, with arrivals that do not wait for answers.
+    Everything runs in a temporary folder that is deleted afterwards. Other work on the machine shows in the figures.
+
+      freshet bench                              all three, about four minutes
+      freshet bench lookup --seconds 20 --json
+      freshet bench overload                     three times too many events: are lookups as quick?
+      freshet bench soak --plot memory.png       ten minutes of new users and items: is memory flat?
+
+    `quality` ranks a log's events by Freshet and by what a team would pick instead, in this process: popularity,
+    item-kNN, ISGD, BPR, River's factorisations, ALS and EASE, each tuned on the first tenth. Results are kept in the
+    folder --resume, so a second run computes only what changed.
+
+      freshet bench quality --data ml-latest-small --format movielens --plot ndcg.png
+      freshet bench quality --data clicks.csv --columns user=uid,item=sku,ts=when --only ours,ease --json
+    """
+    if what == ["quality"]:
+        from infra.proving.quality.show import quality_verb
+
+        with ended_by_signals():
+            quality_verb(data, form, columns, protocol, exclude, limit, only, resume, delays, as_json=as_json,
+                         picture=plot)  # fmt: skip
+        return
+    if what == ["overload"]:
+        from infra.proving.overload import overload_verb
+
+        with ended_by_signals():
+            overload_verb(seconds or 60.0, as_json=as_json)
+        return
+    if what == ["soak"]:
+        from infra.proving.soak import soak_verb
+
+        with ended_by_signals():
+            soak_verb(seconds or 600.0, as_json=as_json, picture=plot)
+        return
+    from infra.proving.bench import WHAT, bench_for_people, show
+
+    chosen = [name for name in WHAT if name in (what or WHAT)]
+    if unknown := set(what or ()) - set(WHAT):
+        fail(f"bench: expected some of {', '.join(WHAT)}, got {', '.join(sorted(unknown))}", 2)
+    with ended_by_signals():
+        report = bench_for_people(chosen, seconds=seconds or 60.0, backlog=backlog, screen=console(err=True))
+    if as_json:
+        show_json(report)
+    else:
+        show(report, console())
+
+
 def add(app: typer.Typer) -> None:
     """Add these verbs to the console command."""
+    app.command("bench", rich_help_panel=LEARN)(bench)
     app.command("chaos", rich_help_panel=LEARN)(chaos)

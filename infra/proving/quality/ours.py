@@ -1,0 +1,109 @@
+"""Freshet itself on the bench, by the code of the replay; and with its reading or its learning held back.
+
+A delay is stream time. Of the user state: a slate is made from the profile as it was that long ago, while everything is
+learnt at once. Of learning: items and weights learn an entry that long after its event, while profiles are fresh.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import Any, Final, cast
+
+import numpy as np
+
+from infra.proving.quality.events import Events
+from infra.proving.quality.reference import Result, Tell
+from models.examples import Entries
+from models.recommend import History, Slate
+from streaming.events import Interaction
+from streaming.replay.logs import ReplayLog
+from streaming.replay.prequential import Exclusion, Replay, run
+from streaming.state import UserRead
+
+CODE: Final = (
+    "models", "streaming/learn.py", "streaming/events.py", "streaming/state.py", "streaming/replay/prequential.py",
+    "streaming/replay/logs.py",
+)  # fmt: skip
+DELAYS: Final = {"0": 0.0, "1s": 1.0, "1min": 60.0, "1h": 3600.0, "6h": 21600.0, "1d": 86400.0}
+
+
+class Delayed(Replay):
+    """A replay whose slates read profiles of `reading` s ago and whose items and weights learn `learning` s late."""
+
+    def __init__(self, *, reading: float = 0.0, learning: float = 0.0, **options: Any) -> None:
+        super().__init__(**options)
+        self._reading, self._learning = reading, learning
+        self._now, self._user = 0.0, ""
+        self._newest: dict[str, float] = {}
+        self._histories: dict[str, deque[tuple[float, History]]] = {}
+        self._queue: deque[tuple[float, Entries]] = deque()
+
+    def step(self, event: Interaction, *rest: Any, **more: Any) -> Slate:
+        """Learn what is due, then as ever."""
+        self._at(event)
+        return super().step(event, *rest, **more)
+
+    def follow(self, event: Interaction, *rest: Any, **more: Any) -> None:
+        """Learn what is due, then as ever."""
+        self._at(event)
+        super().follow(event, *rest, **more)
+
+    def _at(self, event: Interaction) -> None:
+        self._now, self._user = event.ts, event.user_id
+        while self._queue and self._queue[0][0] <= self._now - self._learning:
+            super().learn_entries(self._queue.popleft()[1])
+
+    def learn_entries(self, entries: Entries) -> None:
+        """Queue what items and weights would learn now."""
+        self._newest[self._user] = self._now
+        if self._learning > 0.0:
+            self._queue.append((self._now, entries))
+        else:
+            super().learn_entries(entries)
+
+    def _history(self, read: UserRead) -> History:
+        """Return what was known of the user `reading` s ago."""
+        fresh = super()._history(read)
+        if self._reading <= 0.0:
+            return fresh
+        held = self._histories.setdefault(self._user, deque([(-np.inf, History())]))
+        since = self._newest.get(self._user, -np.inf)
+        if since > held[-1][0]:
+            held.append((since, fresh))
+        else:
+            held[-1] = (since, fresh)  # of events of one time only the state after the last counts
+        while len(held) > 1 and held[1][0] <= self._now - self._reading:
+            held.popleft()
+        return held[0][1]
+
+
+def run_ours(
+    log: ReplayLog, events: Events, *, seed: int, tell: Tell, reading: float = 0.0, learning: float = 0.0
+) -> Result:
+    """Replay the events of a log and return what was noted of them; told: the replay's own report."""
+    until = int(events.at.max(initial=-1)) + 1
+    part = replace(log, events=log.events[:until], baskets=log.baskets[:until])
+    made: list[Replay] = []
+
+    def make(**options: Any) -> Replay:
+        made.append(
+            Delayed(reading=reading, learning=learning, **options) if reading or learning else Replay(**options)
+        )
+        return made[0]
+
+    report = run(
+        part, exclusion=cast(Exclusion, events.exclusion), seed=seed, make=make,
+        progress=lambda done, _: tell(done),
+    )  # fmt: skip
+    trail = made[0].trail
+    ranks, scores = np.full(until, np.nan), np.full(until, np.nan)
+    ranks[trail.events] = trail.ranks
+    if trail.judged:
+        places, values = zip(*trail.judged, strict=True)
+        scores[list(places)] = values
+    told = {name: value for name, value in report.items() if name not in ("over_time", "lead", "bad_rows")}
+    result = Result(ranks[events.at], scores[events.at], told)
+    unknown = int((np.isnan(result.ranks) & events.counted).sum())
+    told["unknown_to_ours"] = unknown  # counted as misses: the event set is that of what was chosen before
+    return result
