@@ -229,7 +229,7 @@ class Settings:
         1_000_000, _int(1, 10**9), "Users kept, all partitions together; the least recently active leave first."
     )
     codec: int = _setting(
-        2, _int(1, 2), "Version of the profiles written; both are read. 1: the release before can still read them."
+        3, _int(1, 3), "Version of profiles and `examples` written; older are read too. 2: the release before reads it."
     )
     retention_inlets_days: int = _setting(7, _int(1, 3650), "Days that the inlet topics keep their records.")
     retention_days: int = _setting(

@@ -19,8 +19,8 @@ import numpy as np
 from msgspec import Meta
 
 from infra.settings import EVENT_WEIGHTS, Weight
-from models.examples import ACTION, CLICK, DWELL, RATING, item_hash
-from models.profile import COUNTERS, SEEN, SEQUENCE, Moved
+from models.examples import ACTION, CLICK, DWELL, HIDDEN, RATING, SKIPPED, TALLY, item_hash
+from models.profile import AWAY, COUNTERS, SEEN, SEQUENCE, Moved
 
 UserId = NewType("UserId", str)
 ItemId = NewType("ItemId", str)
@@ -126,7 +126,8 @@ class Merge(Common, tag="merge", kw_only=True):
 
     One that was dead-lettered and is replayed has the number of the replay as its source instead.
     entries: (item hash, effective time s, kind with voice bit, weight), oldest first; seen: u32 little endian;
-    counters in the order of models.profile.COUNTERS; first and last effective time, s.
+    counters in the order of models.profile.COUNTERS; first and last effective time, s; averse: (item hash, effective
+    time, s) of what was pushed away, oldest first; tally in the order of models.examples.TALLY, empty for none.
     """
 
     entries: Annotated[list[tuple[int, float, int, float]], Meta(max_length=SEQUENCE)]
@@ -134,6 +135,8 @@ class Merge(Common, tag="merge", kw_only=True):
     counters: Annotated[list[int], Meta(min_length=len(COUNTERS), max_length=len(COUNTERS))]
     first_time: float
     last_time: float
+    averse: Annotated[list[tuple[int, float]], Meta(max_length=AWAY)] = []
+    tally: Annotated[list[float], Meta(max_length=len(TALLY))] = []
 
     def moved(self) -> Moved:
         """Return it as the fold of profiles takes it."""
@@ -142,6 +145,9 @@ class Merge(Common, tag="merge", kw_only=True):
             items=np.array(items, np.uint64), times=np.array(times, np.float64), weights=np.array(weights, np.float32),
             kinds=np.array(kinds, np.uint8), seen=np.frombuffer(self.seen, "<u4").astype(np.uint32),
             counters=np.array(self.counters, np.uint32), first_time=self.first_time, last_time=self.last_time,
+            averse=np.array([item for item, _ in self.averse], np.uint64),
+            averse_times=np.array([time for _, time in self.averse], np.float64),
+            tally=np.array(self.tally or [0.0] * len(TALLY), np.float32),
         )  # fmt: skip
 
 
@@ -313,6 +319,11 @@ def _check_merge(event: Merge) -> None:
             raise EventError(f"$.entries[{i}]", "(item hash, time, kind, weight)", str((item, time, kind, weight)))
         if not abs(weight) < 3e38:
             raise EventError(f"$.entries[{i}][3]", "a finite 32-bit number", str(weight))
+    for i, (item, time) in enumerate(event.averse):
+        if not (0 < item < 2**64 and 0.0 <= time < 1e11):
+            raise EventError(f"$.averse[{i}]", "(item hash, time)", str((item, time)))
+    if len(event.tally) not in (0, len(TALLY)) or not all(abs(number) < 1e30 for number in event.tally):
+        raise EventError("$.tally", f"{len(TALLY)} finite numbers or none", str(event.tally))
     if not all(0 <= counter < 2**32 for counter in event.counters):
         raise EventError("$.counters", "whole numbers of 32 bits", str(event.counters))
     if not 0.0 <= event.first_time <= event.last_time < 1e11:
@@ -333,6 +344,8 @@ def merge(user_id: str, ts: float, position: tuple[int, int], moved: Moved) -> M
         user_id=user_id, ts=ts, source=("alias", *position),
         entries=list(zip(*(column.tolist() for column in columns), strict=True)), seen=moved.seen.tobytes(),
         counters=moved.counters.tolist(), first_time=moved.first_time, last_time=moved.last_time,
+        averse=list(zip(moved.averse.tolist(), moved.averse_times.tolist(), strict=True)),
+        tally=moved.tally.tolist() if moved.tally.any() else [],
     )  # fmt: skip
 
 
@@ -367,7 +380,10 @@ class Weights:
                     return DWELL, weight, event.seconds
             return DWELL, 0.0, event.seconds
         if isinstance(event, Action):
-            return ACTION, self._actions.get(event.name, 0.0), 0.0
+            weight = self._actions.get(event.name, 0.0)
+            if weight < 0.0:
+                return ACTION, weight, SKIPPED if event.name == "skip" else HIDDEN
+            return ACTION, weight, float(weight > 0.0)
         raise TypeError(f"expected an interaction with a weight, got {type(event).__name__}")
 
 

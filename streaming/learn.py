@@ -66,6 +66,8 @@ _WEIGHTLESS = {
     Merge: (MERGE, 0.0, 0.0),
 }  # fmt: skip
 """(kind, weight, value) of what has no weight."""
+_MOST: Final = 65_504.0
+"""The greatest float16."""
 HASHES: Final = 65_536
 """Hashes of item ids that a fold remembers, about 10 MB; then it forgets them all."""
 SWEEP: Final = 4096
@@ -187,8 +189,8 @@ class UserFold:
     """Folds micro-batches of `events` into profiles and derives their `examples` entries.
 
     `embed`, where given, computes the cached embeddings that are written beside each changed profile; `codec` is the
-    version of the profiles written; `keep` is how many users a partition keeps, 0: all; without `derive` there are no
-    entries for `examples` (a rebuild finds them there).
+    version of the profiles written, and from 3 on version 2 of `examples` is; `keep` is how many users a partition
+    keeps, 0: all; without `derive` there are no entries for `examples` (a rebuild finds them there).
     """
 
     def __init__(
@@ -256,7 +258,8 @@ class UserFold:
                 if start <= i < end and (offset := int(columns.offset[i])) >= 0
             ]
             if following > applied and self._derive:
-                pieces.append(columns.entries(folded, start, end, (part.partition, applied, following)))
+                version = 2 if self._codec >= 3 else 1
+                pieces.append(columns.entries(folded, start, end, (part.partition, applied, following), version))
         outcome.records = _records(pieces)
         return outcome
 
@@ -371,13 +374,16 @@ class _Columns:
             record_s=(record_ms // 1000).astype(np.uint32),
             event=np.array([0 if e.event_id is None else item_hash(e.event_id) for e in events], np.uint64),
             weight=np.array([weight for _, weight, _ in meanings], np.float64),
+            value=self.value,
             slate=np.array([item_hash(e.slate_id) if e.slate_id else 0 for e in events], np.uint64),
             shown_start=np.cumsum(shown_start),
             shown=np.array(shown, np.uint32),
             moved={i: events[i].moved() for i in np.flatnonzero(kind == MERGE).tolist()},  # type: ignore[union-attr]
         )
 
-    def entries(self, folded: Folded, start: int, end: int, covered: tuple[int, int, int]) -> Entries:
+    def entries(
+        self, folded: Folded, start: int, end: int, covered: tuple[int, int, int], version: int
+    ) -> Entries:  # fmt: skip
         """Return the entries of the applied events among start:end, which cover this range of their partition."""
         made, events = self.arrays, self.events
         rows = start + np.flatnonzero(folded.status[start:end] == APPLIED)
@@ -385,6 +391,9 @@ class _Columns:
         begin = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(lengths, out=begin[1:])
         filled = np.arange(folded.history_item.shape[1]) < lengths[:, None]
+        away = folded.averse_length[rows].astype(np.int64)
+        averse_start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(away, out=averse_start[1:])
         return Entries(
             ranges=[covered],
             partition=np.full(len(rows), covered[0], np.uint16),
@@ -403,6 +412,11 @@ class _Columns:
             history_kind=folded.history_kind[rows][filled],
             ids=[self.ids[i] for i in rows.tolist()],
             extra=[_extra(events[i]) for i in rows.tolist()],
+            history_weight=np.clip(folded.history_weight[rows][filled], -_MOST, _MOST).astype(np.float16),
+            tally=folded.tally[rows],
+            averse_start=averse_start,
+            averse=folded.averse[rows][np.arange(folded.averse.shape[1]) < away[:, None]],
+            version=version,
         )
 
 

@@ -144,15 +144,11 @@ def test_weights_follow_the_table() -> None:
         assert weights.of(Dwell(**common, seconds=seconds)) == (DWELL, weight, seconds)  # type: ignore[arg-type]
     for value, weight in ((5.0, 1.0), (3.0, 0.0), (1.0, -1.0), (4.0, 0.5)):
         assert weights.of(Rating(**common, value=value)) == (RATING, weight, weight)  # type: ignore[arg-type]
-    for name, weight in (
-        ("like", 0.8),
-        ("save", 0.8),
-        ("share", 1.0),
-        ("purchase", 2.0),
-        ("skip", -0.6),
-        ("hide", -1.0),
-    ):
-        assert weights.of(Action(**common, name=name)) == (ACTION, weight, 0.0)  # type: ignore[arg-type]
+    for name, weight, value in (
+        ("like", 0.8, 1.0), ("save", 0.8, 1.0), ("share", 1.0, 1.0), ("purchase", 2.0, 1.0), ("skip", -0.6, -1.0),
+        ("hide", -1.0, -2.0),
+    ):  # fmt: skip
+        assert weights.of(Action(**common, name=name)) == (ACTION, weight, value)  # type: ignore[arg-type]
     assert weights.of(Action(**common, name="fold")) == (ACTION, 0.0, 0.0)  # type: ignore[arg-type]
 
 

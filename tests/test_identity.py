@@ -11,7 +11,21 @@ from hypothesis import strategies as st
 
 from models.examples import Entries, item_hash
 from models.profile import ProfileView, unpack
-from streaming.events import Alias, Click, Erase, Event, Merge, View, Weights, decode, encode, impression, subject
+from streaming.events import (
+    Action,
+    Alias,
+    Click,
+    Erase,
+    Event,
+    Merge,
+    Rating,
+    View,
+    Weights,
+    decode,
+    encode,
+    impression,
+    subject,
+)
 from streaming.learn import Outcome, UserFold, decode_part, rounds, users_of
 from streaming.state import MemoryUserStore
 from tests.event_streams import T0, one_event, shown_payload
@@ -90,7 +104,7 @@ def test_an_erasure_ends_all_but_the_dedupe_window() -> None:
     assert (view.known, view.ended, len(view.items), len(view.seen), view.slates) == (False, T0 + 2, 0, 0, [])
     assert not any(view.counters.values())
     assert ("seen", home("u"), "u") not in world.store.values
-    assert len(world.store.values["profile", home("u"), "u"]) == 64 + 12
+    assert len(world.store.values["profile", home("u"), "u"]) == 96 + 12
 
 
 def test_late_events_do_not_bring_an_erased_user_back_and_later_ones_start_anew() -> None:
@@ -243,3 +257,28 @@ def test_any_cut_gives_equal_bytes_with_aliases_and_erasures(seed: int, cuts: li
     assert pieces.store.values == whole.store.values
     assert pieces.store.applied == whole.store.applied
     assert pieces.store.active == whole.store.active
+
+
+def test_an_alias_carries_what_was_pushed_away_and_the_tally() -> None:
+    world = World()
+    hide = [Action(user_id="cookie", item_id=i, ts=T0 + t, name="hide") for i, t in (("a", 1), ("b", 3))]
+    world.append(*hide, Rating(user_id="cookie", item_id="r", ts=T0 + 4, value=5.0), at=T0 + 9)
+    skip = [Action(user_id="ann", item_id=i, ts=T0 + t, name="skip") for i, t in (("a", 2), ("c", 4))]
+    world.append(*skip, at=T0 + 9)
+    world.now(Alias(user_id="ann", anonymous_id="cookie", ts=T0 + 7), at=T0 + 10)
+    ann, cookie = world.view("ann"), world.view("cookie")
+    assert ann.averse.tolist() == hashes("c", "b", "a")
+    assert ann.averse_times.tolist() == [T0 + 4, T0 + 3, T0 + 2]
+    assert ann.tally.tolist() == [1, 1, 0, 0, 2, 2, 0, 5]
+    assert (len(cookie.averse), cookie.tally.any()) == (0, False)
+    world.now(Erase(user_id="ann", ts=T0 + 11), at=T0 + 11)
+    assert (len(world.view("ann").averse), world.view("ann").tally.any()) == (0, False)
+
+
+def test_a_merge_of_an_older_release_has_neither() -> None:
+    world = World(UserFold(Weights(), codec=2))
+    world.append(Action(user_id="cookie", item_id="a", ts=T0, name="hide"))
+    world.now(Alias(user_id="ann", anonymous_id="cookie", ts=T0))
+    merges = [event for log in world.logs.values() for *_, v in log if isinstance(event := decode(v), Merge)]
+    assert [(event.averse, event.tally) for event in merges] == [([], [])]
+    assert world.view("ann").counters["negative"] == 1

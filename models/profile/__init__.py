@@ -19,6 +19,7 @@ from models.profile.identity import ALIAS as ALIAS
 from models.profile.identity import ERASE as ERASE
 from models.profile.identity import MERGE as MERGE
 from models.profile.identity import fold as fold
+from models.profile.packed import AWAY as AWAY
 from models.profile.packed import DEDUPE as DEDUPE
 from models.profile.packed import SEEN as SEEN
 from models.profile.packed import SEQUENCE as SEQUENCE

@@ -6,10 +6,12 @@ alone, so that any cut of a stream ends in the same bytes. Knows nothing about h
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 
-from models.examples import ACTION, CLICK, DWELL, ENTERS, IMPRESSION, SHOWN, VIEW, VOICE
+from models.examples import ACTION, CLICK, DWELL, ENTERS, HIDDEN, IMPRESSION, LOW, RATING, SHOWN, SKIPPED, VIEW, VOICE
 
 COUNTERS = ("click", "dwell", "rating", "action", "view", "impression", "negative", "duplicate")
 _NEGATIVE, _DUPLICATE = 6, 7
@@ -131,7 +133,51 @@ def _remember_seen(u, low, seen_n, seen):  # type: ignore[no-untyped-def]  # fmt
 
 
 @njit(cache=True)
-def fold_events(start, stop, user, kind, item, time, record_s, event, weight, slate, shown_start, shown, exists, counters, times, ended, n, items, seq_time, seq_weight, seq_kind, d, events, event_time, s, slates, slate_time, slate_size, slate_items, seen_n, seen, changed_by, seen_changed, status, flags, out_slates, history_length, history_item, history_time, history_kind):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+def _tell(u, kind, value, of_newest, tally):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Count one outcome in the user's tally (models.examples.TALLY); a dwell with the newest item is no new one."""
+    one = np.float32(1.0)
+    if kind == RATING:
+        tally[u, 0] += one
+        tally[u, 1] += np.float32(value)
+        if value < LOW:
+            tally[u, 6] += one
+    elif kind == DWELL:
+        tally[u, 2] += one
+        tally[u, 3] += np.float32(math.log1p(value))
+    elif kind == ACTION and value == SKIPPED:
+        tally[u, 4] += one
+    elif kind == ACTION and value == HIDDEN:
+        tally[u, 5] += one
+    if not (kind == DWELL and of_newest):
+        tally[u, 7] += one
+
+
+@njit(cache=True)
+def _push_away(u, item, t, weight, kind, averse_n, averse, averse_time):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Keep the item's last word: a dwell or action of negative weight enters it as the newest, a positive one ends it.
+
+    Ratings do not enter: their weights lie in the sequence.
+    """
+    away = weight < 0.0 and kind in (DWELL, ACTION)
+    if not (away or weight > 0.0):
+        return
+    k = 0
+    for j in range(averse_n[u]):
+        if averse[u, j] != item:
+            averse[u, k], averse_time[u, k] = averse[u, j], averse_time[u, j]
+            k += 1
+    if away:
+        if k == 16:
+            _drop_first(averse[u], 16)
+            _drop_first(averse_time[u], 16)
+            k = 15
+        averse[u, k], averse_time[u, k] = item, t
+        k += 1
+    averse_n[u] = k
+
+
+@njit(cache=True)
+def fold_events(start, stop, user, kind, item, time, record_s, event, weight, value, slate, shown_start, shown, exists, counters, times, ended, n, items, seq_time, seq_weight, seq_kind, d, events, event_time, s, slates, slate_time, slate_size, slate_items, seen_n, seen, averse_n, averse, averse_time, tally, changed_by, seen_changed, status, flags, out_slates, history_length, history_item, history_time, history_kind, history_weight, out_tally, out_averse_n, out_averse):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Fold events in order, one at a time; the only place where a profile changes."""
     overflow = 0
     for i in range(start, stop):
@@ -174,9 +220,17 @@ def fold_events(start, stop, user, kind, item, time, record_s, event, weight, sl
             history_item[i, j] = items[u, last - j]
             history_time[i, j] = seq_time[u, last - j]
             history_kind[i, j] = seq_kind[u, last - j] & 0x7F
+            history_weight[i, j] = seq_weight[u, last - j]
+        of_newest = last >= 0 and items[u, last] == item[i]
+        out_tally[i] = tally[u]
+        out_averse_n[i] = min(averse_n[u], 8)
+        for j in range(out_averse_n[i]):
+            out_averse[i, j] = averse[u, averse_n[u] - 1 - j]
+        _tell(u, kind[i], value[i], of_newest, tally)
+        _push_away(u, item[i], t, weight[i], kind[i], averse_n, averse, averse_time)
         if _remember_seen(u, low, seen_n, seen):
             seen_changed[u] = True
-        if kind[i] != CLICK and last >= 0 and items[u, last] == item[i]:
+        if kind[i] != CLICK and of_newest:
             seq_weight[u, last] += np.float32(weight[i])
             seq_kind[u, last] = kind[i] | (seq_kind[u, last] & 0x80)
             continue

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.profile.folding import COUNTERS, DUPLICATE, ERASED, QUIET, remember_event
-from models.profile.packed import SEEN, SEQUENCE, EventColumns, Folded, Moved, Profiles
+from models.profile.packed import AWAY, SEEN, SEQUENCE, EventColumns, Folded, Moved, Profiles
 
 ERASE, ALIAS, MERGE = 8, 9, 10
 """Kinds within a micro-batch, after those of models/examples.py, where they never come."""
@@ -60,18 +60,22 @@ def _fold_one(profiles: Profiles, batch: EventColumns, out: Folded, i: int) -> N
 def _end(profiles: Profiles, u: int, t: float) -> None:
     profiles.exists[u] = False
     profiles.counters[u], profiles.times[u] = 0, 0.0
-    profiles.n[u] = profiles.s[u] = profiles.seen_n[u] = 0
+    profiles.n[u] = profiles.s[u] = profiles.seen_n[u] = profiles.averse_n[u] = 0
+    profiles.tally[u] = 0.0
     profiles.ended[u, 0] = max(profiles.ended[u, 0], t, np.finfo(np.float64).tiny)  # 0 would say that nothing ended it
     profiles.seen_changed[u] = True
 
 
 def _taken(profiles: Profiles, u: int) -> Moved:
-    n = profiles.n[u]
+    # Below version 3 these are not stored: what a micro-batch holds of them depends on where it was cut.
+    n, a = profiles.n[u], profiles.averse_n[u] if profiles.codec >= 3 else 0
     return Moved(
         items=profiles.item[u, :n].copy(), times=profiles.time[u, :n].copy(), weights=profiles.weight[u, :n].copy(),
         kinds=profiles.kind[u, :n].copy(), seen=profiles.seen[u, : profiles.seen_n[u]].copy(),
         counters=profiles.counters[u].copy(), first_time=float(profiles.times[u, 0]),
-        last_time=float(profiles.times[u, 1]),
+        last_time=float(profiles.times[u, 1]), averse=profiles.averse[u, :a].copy(),
+        averse_times=profiles.averse_time[u, :a].copy(),
+        tally=profiles.tally[u].copy() if profiles.codec >= 3 else np.zeros_like(profiles.tally[u]),
     )  # fmt: skip
 
 
@@ -90,10 +94,23 @@ def _join(profiles: Profiles, u: int, moved: Moved) -> None:
     if len(seen):
         profiles.seen[u, : len(seen)] = seen
         profiles.seen_n[u], profiles.seen_changed[u] = len(seen), True
+    _join_averse(profiles, u, moved)
+    profiles.tally[u] += moved.tally
     profiles.counters[u] += moved.counters
     first, last = profiles.times[u].tolist() if profiles.exists[u] else (moved.first_time, moved.last_time)
     profiles.times[u] = min(first, moved.first_time), max(last, moved.last_time)
     profiles.exists[u] = True
+
+
+def _join_averse(profiles: Profiles, u: int, moved: Moved) -> None:
+    """Add what the other had pushed away: by time, each item at its newest, the newest 16 kept."""
+    n = profiles.averse_n[u]
+    order = _by_time(moved.averse_times, profiles.averse_time[u, :n])
+    items = np.concatenate((moved.averse, profiles.averse[u, :n]))[order]
+    times = np.concatenate((moved.averse_times, profiles.averse_time[u, :n]))[order]
+    newest = [i for i, item in enumerate(items) if item not in items[i + 1 :]][-AWAY:]
+    profiles.averse[u, : len(newest)], profiles.averse_time[u, : len(newest)] = items[newest], times[newest]
+    profiles.averse_n[u] = len(newest)
 
 
 def _by_time(theirs: NDArray[np.float64], mine: NDArray[np.float64]) -> NDArray[np.int64]:
