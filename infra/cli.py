@@ -165,7 +165,7 @@ def replay(
     path: Annotated[Path, typer.Argument(help="A log: file or folder, .gz too.")],
     form: Annotated[str, typer.Option("--format", help="movielens, movietweetings, online-retail, kuairand.")] = "csv",
     columns: Annotated[
-        str, typer.Option(help="user=...,item=...,ts=...[,rating=...,dwell=...,kind=...]: columns of a csv.")
+        str, typer.Option(help="Of a csv: user=...,item=,ts=[,rating=,dwell=,kind=,title=,categories=,tags=,text=].")
     ] = "",
     exclude: Annotated[
         str | None,

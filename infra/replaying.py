@@ -109,6 +109,10 @@ def show(result: dict[str, Any], screen: Console) -> None:
     for title, part in (("history", "by_history_length"), ("channel", "by_channel")):
         pieces = [f"{name} {_figure(row)}" for name, row in result[part].items()]
         screen.print(f"by {title}: " + "  ".join(pieces))
+    _show_cold(result["cold_start"], screen)
+    if result["catalogue"]["bad_rows"]:
+        screen.print(f"[yellow]{result['catalogue']['bad_rows']:,} catalogue rows could not be read[/], the first:")
+        screen.print("  " + result["catalogue"]["first"][0], markup=False)
     bad = result["bad_rows"]
     if bad["count"]:
         screen.print(f"[yellow]{bad['count']:,} rows could not be read[/]:")
@@ -116,6 +120,24 @@ def show(result: dict[str, Any], screen: Console) -> None:
             screen.print("  " + row, markup=False)
     for reason, count in result["dropped_rows"].items():
         screen.print(f"dropped {count:,}: {reason}")
+
+
+def _show_cold(cold: dict[str, Any], screen: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for name in ("earlier events", "count", "HR@10", "popularity", "NDCG@10", "popularity", "lead (95 %)"):
+        table.add_column(name, justify="left" if name == "earlier events" else "right", no_wrap=True)
+    for who in ("user", "item"):
+        for label, row in cold[who].items():
+            if row["events"]:
+                alone, lead = row["popularity"], row["lead"]
+                table.add_row(
+                    f"{who} {label}", f"{row['events']:,}", f"{row['hit_rate@10']:.3f}",
+                    f"{alone['hit_rate@10']:.3f}", f"{row['ndcg@10']:.4f}", f"{alone['ndcg@10']:.4f}",
+                    f"{lead['ndcg@10']:+.4f} [{lead['low']:+.4f}, {lead['high']:+.4f}]",
+                )  # fmt: skip
+    screen.print(table)
 
 
 def _figure(row: dict[str, Any]) -> str:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from streaming.events import Action, Click, Dwell, Interaction, Rating, View, decode, encode
+from streaming.replay.catalogue import COLUMNS as DESCRIBING
+from streaming.replay.catalogue import Catalogue
 
 FORMATS: Final = ("movielens", "movietweetings", "online-retail", "kuairand", "csv")
 EXCLUSIONS: Final = {
@@ -42,7 +44,8 @@ class ReplayError(ValueError):
 class ReplayLog:
     """Rows in time order, ties in file order: one interaction each, and the basket it belongs to ("" for none).
 
-    bad: how many rows had unreadable values and the first of them; dropped: rows that the cleaning removed, by reason.
+    bad: how many rows had unreadable values and the first of them; dropped: rows that the cleaning removed, by reason;
+    catalogue: what is said of the items.
     """
 
     events: list[Interaction] = field(default_factory=list)
@@ -50,6 +53,7 @@ class ReplayLog:
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    catalogue: Catalogue = field(default_factory=Catalogue)
 
     def reject(self, where: str, problem: str) -> None:
         """Count a bad row, and list it while the list is short."""
@@ -87,6 +91,7 @@ def read_log(path: Path, form: str, columns: Mapping[str, str] | None = None, li
         rows = accumulate(role != FOLLOWS for role in roles(log.events))
         log.events = [event for event, row in zip(log.events, rows, strict=True) if row <= limit]
         log.baskets = log.baskets[: len(log.events)]
+    log.catalogue.keep({event.item_id for event in log.events})
     return log
 
 
@@ -124,19 +129,27 @@ def _file(path: Path, form: str) -> Path:
     return path
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path, errors: str = "strict") -> Iterator[str]:
     if file.suffix == ".gz":
-        with gzip.open(file, "rt", encoding="utf-8-sig", newline="") as lines:
+        with gzip.open(file, "rt", encoding="utf-8-sig", errors=errors, newline="") as lines:
             yield from lines
     else:
-        with file.open("rt", encoding="utf-8-sig", newline="") as lines:
+        with file.open("rt", encoding="utf-8-sig", errors=errors, newline="") as lines:
             yield from lines
+
+
+def _beside(file: Path, name: str, read: Callable[[str, Iterator[str]], None]) -> None:
+    """Read the catalogue that lies beside a log under this name or with .gz, where there is one."""
+    for path in (file.parent / name, file.parent / f"{name}.gz"):
+        if path.is_file():
+            read(path.name, _lines(path, errors="replace"))
+            return
 
 
 def _table(
-    file: Path, log: ReplayLog, wanted: tuple[str, ...], delimiter: str = ","
+    file: Path, log: ReplayLog, wanted: tuple[str, ...], delimiter: str = ",", optional: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield (file:line, the wanted columns) of a CSV with a header."""
+    """Yield (file:line, the wanted columns, then the optional ones that are there) of a CSV with a header."""
     reader = csv.reader(_lines(file), delimiter=delimiter)
     header = [name.strip() for name in next(reader, [])]
     missing = [name for name in wanted if name not in header]
@@ -145,7 +158,7 @@ def _table(
             f"{file}:1: expected the column{'s' * (len(missing) > 1)} {', '.join(missing)},"
             f" got {', '.join(header) or 'nothing'}"
         )
-    places = [header.index(name) for name in wanted]
+    places = [header.index(name) for name in (*wanted, *optional) if name in header]
     last = max(places)
     while True:
         try:
@@ -210,6 +223,7 @@ def _rating(user: str, item: str, value: str, scale: tuple[float, float], ts: st
 def _movielens(file: Path, log: ReplayLog) -> None:
     for where, (user, item, value, ts) in _table(file, log, ("userId", "movieId", "rating", "timestamp")):
         _add(log, where, lambda u=user, i=item, r=value, t=ts: _rating(u, i, r, (0.5, 5.0), t))  # type: ignore[misc]
+    _beside(file, "movies.csv", log.catalogue.movielens)
 
 
 def _movietweetings(file: Path, log: ReplayLog) -> None:
@@ -222,13 +236,15 @@ def _movietweetings(file: Path, log: ReplayLog) -> None:
                 )
             continue
         _add(log, f"{file.name}:{number}", lambda p=parts: _rating(p[0], p[1], p[2], (0.0, 10.0), p[3]))  # type: ignore[misc]
+    _beside(file, "movies.dat", log.catalogue.movietweetings)
 
 
 def _retail(file: Path, log: ReplayLog) -> None:
     """Clean as the recipe says: no cancellations, no returns, product codes only, a code once per invoice."""
     bought: set[tuple[str, str]] = set()
     wanted = ("InvoiceNo", "StockCode", "Quantity", "InvoiceDate", "CustomerID")
-    for where, (invoice, code, quantity, date, customer) in _table(file, log, wanted):
+    rows = _table(file, log, wanted, optional=("Description",))
+    for where, (invoice, code, quantity, date, customer, *description) in rows:
         try:
             amount = _number(quantity, "Quantity")
         except ValueError as error:
@@ -250,6 +266,7 @@ def _retail(file: Path, log: ReplayLog) -> None:
                 log, where, lambda u=user, c=code, d=date: Click(user_id=u, item_id=c, ts=_time(d, "InvoiceDate")),  # type: ignore[misc]
                 invoice,
             )  # fmt: skip
+            log.catalogue.columns(where, code, {"title": "".join(description)})
 
 
 def _kuairand(file: Path, log: ReplayLog) -> None:
@@ -273,16 +290,23 @@ def _kuairand(file: Path, log: ReplayLog) -> None:
 
 
 def _csv(file: Path, log: ReplayLog, columns: Mapping[str, str]) -> None:
-    unknown = [name for name in columns if name not in COLUMNS]
+    unknown = [name for name in columns if name not in (*COLUMNS, *DESCRIBING)]
     if unknown:
-        raise ReplayError(f"--columns: expected {', '.join(COLUMNS)}, got {', '.join(unknown)}")
+        raise ReplayError(f"--columns: expected {', '.join((*COLUMNS, *DESCRIBING))}, got {', '.join(unknown)}")
     names = {"user": "user", "item": "item", "ts": "ts", **columns}
     fields = list(names)
     rows = list(_table(file, log, tuple(names.values())))
     finite = _finite(row[fields.index("rating")] for _, row in rows) if "rating" in names else []
     scale = (min(finite), max(finite)) if len(set(finite)) > 1 else (0.0, max([1.0, *finite]))
-    for where, row in rows:
-        _add(log, where, lambda r=dict(zip(fields, row, strict=True)): _interaction(r, scale))  # type: ignore[misc]
+    described: dict[str, tuple[float, str, dict[str, str]]] = {}
+    for where, values in rows:
+        row, count = dict(zip(fields, values, strict=True)), len(log.events)
+        _add(log, where, lambda r=row: _interaction(r, scale))  # type: ignore[misc]
+        for event in log.events[count:]:
+            if event.ts < described.get(event.item_id, (math.inf,))[0]:
+                described[event.item_id] = (event.ts, where, row)
+    for item_id, (_, where, row) in described.items():
+        log.catalogue.columns(where, item_id, row)
 
 
 def _finite(texts: Iterable[str]) -> list[float]:

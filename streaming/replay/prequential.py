@@ -2,12 +2,14 @@
 
 For each row: read the profile, `recommend`, find the item's rank over the full catalogue, then fold slate and event
 through `streaming.learn`, `Items.fold` and `Learner.learn`. State is in memory; record time = ts; an item is known from
-its first event on. Knows nothing about Kafka, Redis or HTTP.
+its first event on, and so is its catalogue entry: it is set when that event is folded, by the call that is made live.
+A catalogue known beforehand would let a slate hold items that nobody chose yet. Knows nothing of Kafka, Redis or HTTP.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from models import metrics
 from models.decay import GRID
 from models.examples import Entries, item_hash
-from models.items import Items
+from models.items import CatalogueItem, Items
 from models.learner import Learner
 from models.profile import unpack
 from models.recommend import History, Request, Slate, blocked_rows, recommend, score_items
@@ -26,6 +28,7 @@ from models.retrieval import ranks
 from models.rows import Rows
 from streaming.events import Click, Event, Interaction, Weights, impression
 from streaming.learn import Part, UserFold
+from streaming.replay.catalogue import Catalogue
 from streaming.replay.logs import HATED, TARGET, ReplayLog, roles
 from streaming.replay.report import report
 from streaming.state import MemoryUserStore, UserRead
@@ -39,8 +42,8 @@ F64 = NDArray[np.float64]
 class Trail:
     """What a replay noted of each target, as lists of equal length; rank nan where the item was never seen before.
 
-    events: their places in the log. judged: (place in the log, score) of every target and every hated item, where the
-    log has hated ones.
+    events: their places in the log; lengths: entries of the user's sequence before; earlier: the item's targets before.
+    judged: (place in the log, score) of every target and every hated item, where the log has hated ones.
     """
 
     events: list[int] = field(default_factory=list)
@@ -50,6 +53,7 @@ class Trail:
     popularity: list[F64] = field(default_factory=list)
     channels: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    earlier: list[int] = field(default_factory=list)
     recommend_s: float = 0.0
     learn_s: float = 0.0
 
@@ -57,10 +61,15 @@ class Trail:
 class Replay:
     """The whole system in one process, without transports: profiles, items, learner.
 
-    seed: the learner's; exclusion: what a slate leaves out; judging: also score each event's item by itself.
+    seed: the learner's; exclusion: what a slate leaves out; judging: also score each event's item by itself; catalogue:
+    what is said of the items.
     """
 
-    def __init__(self, *, seed: int = 1, exclusion: Exclusion = "none", judging: bool = False) -> None:
+    def __init__(
+        self, *, seed: int = 1, exclusion: Exclusion = "none", judging: bool = False,
+        catalogue: Catalogue | None = None,
+    ) -> None:  # fmt: skip
+        self.catalogue = catalogue or Catalogue()
         self.rows = Rows()
         self.items = Items(rows=self.rows)
         self.learner = Learner(rows=self.rows, seed=seed)
@@ -71,6 +80,7 @@ class Replay:
         self._offset = 0
         self._basket: dict[str, list[int]] = {}
         self._basket_name = ""
+        self._events_of: Counter[str] = Counter()
 
     def step(self, event: Interaction, basket: str, place: int = 0) -> Slate:
         """Rank the item of the log's event at `place`, then learn the event; returns the slate that was offered."""
@@ -98,6 +108,7 @@ class Replay:
             self._judge(event, place, self._history(read), self._request(event, ""))
         started = time.perf_counter()
         self._fold([event], read)
+        self._describe(event.item_id)
         self.trail.learn_s += time.perf_counter() - started
 
     def _judge(self, event: Interaction, place: int, history: History, request: Request) -> None:
@@ -122,6 +133,8 @@ class Replay:
         trail, key = self.trail, np.uint64(item_hash(event.item_id))
         row = int(self.rows.find(np.array([key]))[0])
         trail.lengths.append(len(history.items))
+        trail.earlier.append(self._events_of[event.item_id])
+        self._events_of[event.item_id] += 1
         if row < 0 or self.items.popularity.weights[row, -1] == 0.0:
             trail.ranks.append(NEVER_SEEN)
             trail.popularity.append(np.full(GRID, NEVER_SEEN))
@@ -146,6 +159,7 @@ class Replay:
             event.user_id, request.slate_id, event.ts, request.surface, shown, slate.impression().to_bytes()
         )
         self._fold([offered, event], read)
+        self._describe(event.item_id)
 
     def _fold(self, events: list[Event], read: UserRead) -> None:
         first, following = self._offset, self._offset + len(events)
@@ -163,6 +177,14 @@ class Replay:
         self.items.fold(entries)
         self.learner.learn(entries)
 
+    def _describe(self, item_id: str) -> None:
+        """Set the catalogue entry of an item whose first event was folded."""
+        row = int(self.rows.find(np.array([item_hash(item_id)], np.uint64))[0])
+        item = self.catalogue.items.get(item_id)
+        if item is not None and row >= 0 and row not in self.items.catalogue:
+            fields = {name: getattr(item, name) for name in CatalogueItem.__struct_fields__}
+            self.items.set_item(item_hash(item_id), item_id, CatalogueItem(**fields))
+
 
 def run(
     log: ReplayLog,
@@ -176,7 +198,7 @@ def run(
     """Replay a log and return the report; `progress` is told every 100 events, `make` makes the replay."""
     warm()
     each = roles(log.events)
-    replay = make(seed=seed, exclusion=exclusion, judging=HATED in each)
+    replay = make(seed=seed, exclusion=exclusion, judging=HATED in each, catalogue=log.catalogue)
     done = 0
     for done, (event, basket, role) in enumerate(zip(log.events, log.baskets, each, strict=True), 1):
         if role == TARGET:

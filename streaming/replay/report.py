@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 PERIODS: Final = 20
 LENGTHS: Final = (0, 1, 2, 5, 10, 20)
 """History lengths at which a new row of the table begins, and one for longer ones."""
+USER_EVENTS: Final = (0, 1, 2, 3, 6)
+"""A user's earlier events at which a row of the cold start's table begins; those who had more are not cold."""
+ITEM_EVENTS: Final = (1, 2, 3, 6, 11, 21, 51)
+"""The same of an item's earlier events."""
 F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
 
 
 def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[str, Any]:
@@ -49,7 +54,13 @@ def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[st
         **_judged(log, trail, owners),
         "over_time": _over_time(times, rank, popularity[:, best]),
         "by_history_length": _by_length(rank, popularity[:, best], np.array(trail.lengths)),
+        "cold_start": _cold_start(trail, rank, popularity[:, best], users),
         "by_channel": _by_channel(rank, np.array(trail.channels)),
+        "catalogue": {
+            "items": len(log.catalogue.items),
+            "bad_rows": log.catalogue.bad,
+            "first": log.catalogue.bad_rows,
+        },
         "bad_rows": {"count": log.bad, "first": log.bad_rows},
         "dropped_rows": log.dropped,
         "weights": {
@@ -98,6 +109,30 @@ def _by_length(rank: F64, baseline: F64, lengths: NDArray[np.int64]) -> dict[str
         name = f"{first}+" if last is None else str(first) if last == first else f"{first}-{last}"
         out[name] = _pair(rank[inside], baseline[inside])
     return out
+
+
+def _cold_start(trail: Trail, rank: F64, baseline: F64, users: I64) -> dict[str, Any]:
+    """Figures of users and of items with few earlier events, each beside popularity; never_seen is not averaged."""
+    seen, out = ~np.isnan(rank), dict[str, Any]()
+    for name, column, steps in (("user", trail.lengths, USER_EVENTS), ("item", trail.earlier, ITEM_EVENTS)):
+        earlier, rows = np.array(column), dict[str, Any]()
+        for first, following in pairwise(steps):
+            inside = seen & (earlier >= first) & (earlier < following)
+            label = str(first) if following == first + 1 else f"{first}-{following - 1}"
+            rows[label] = _cold(rank[inside], baseline[inside], users[inside])
+        out[name] = rows
+    return {**out, "never_seen": {"events": int((~seen).sum()), "share": float((~seen).mean())}}
+
+
+def _cold(rank: F64, baseline: F64, users: I64) -> dict[str, Any]:
+    lead = metrics.ndcg(rank) - metrics.ndcg(baseline)
+    low, high = metrics.user_bootstrap(lead, users, np.random.default_rng(0), draws=400)
+    alone = metrics.summary(baseline)
+    return {
+        "events": len(rank), **metrics.summary(rank),
+        "popularity": {name: alone[name] for name in ("hit_rate@10", "ndcg@10")},
+        "lead": {"ndcg@10": float(lead.mean()), "low": low, "high": high} if len(lead) else None,
+    }  # fmt: skip
 
 
 def _by_channel(rank: F64, channels: NDArray[np.int64]) -> dict[str, dict[str, float]]:
