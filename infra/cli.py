@@ -165,12 +165,18 @@ def replay(
     path: Annotated[Path, typer.Argument(help="A log: file or folder, .gz too.")],
     form: Annotated[str, typer.Option("--format", help="movielens, movietweetings, online-retail, kuairand.")] = "csv",
     columns: Annotated[
-        str, typer.Option(help="Of a csv: user=...,item=,ts=[,rating=,dwell=,kind=,title=,categories=,tags=,text=].")
+        str,
+        typer.Option(
+            help="Of a csv: user=...,item=,ts=[,rating=,dwell=,kind=,basket=,title=,categories=,tags=,text=]."
+        ),
     ] = "",
     exclude: Annotated[
         str | None,
         typer.Option(help="seen, invoice or none; default seen for movies, invoice for retail.", show_default=False),
     ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="line: rank each row, then learn it; basket: rank a whole basket before it begins.")
+    ] = "line",
     limit: Annotated[int | None, typer.Option(help="Only the first N events.", min=1, show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the learner.")] = 1,
     plot: Annotated[
@@ -187,7 +193,7 @@ def replay(
     from infra.replaying import replay as run_replay
 
     screen = None if as_json else console(err=True)
-    result = run_replay(path, form, columns, exclude, limit, seed, screen, live=live)
+    result = run_replay(path, form, columns, exclude, limit, seed, screen, protocol=protocol, live=live)
     if plot is not None:
         from streaming.replay.report import plot as draw
 

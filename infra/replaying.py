@@ -9,7 +9,7 @@ import numpy as np
 
 from models import metrics
 from streaming.replay.logs import EXCLUSIONS, ReplayError, ReplayLog, read_log
-from streaming.replay.prequential import Exclusion, Replay, run
+from streaming.replay.prequential import Exclusion, Protocol, Replay, run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,17 +33,20 @@ def replay(
     seed: int,
     screen: Console | None,
     *,
+    protocol: str = "line",
     live: bool = False,
 ) -> dict[str, Any]:
     """Read and replay a log, with a progress bar where there is a screen; returns the report."""
     if exclude not in (None, "seen", "invoice", "none"):
         raise ReplayError(f"--exclude: expected seen, invoice or none, got {exclude!r}")
+    if protocol not in ("line", "basket") or (live and protocol != "line"):
+        raise ReplayError(f"--protocol: expected line or basket (basket not with --live), got {protocol!r}")
     log = read_log(path, form, parse_columns(columns), limit)
     exclusion = cast(Exclusion, exclude or EXCLUSIONS[form])
     if live:
         return _live(log, exclusion, seed, screen)
     if screen is None:
-        return run(log, exclusion=exclusion, seed=seed)
+        return run(log, exclusion=exclusion, protocol=cast(Protocol, protocol), seed=seed)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns_shown = (
@@ -61,7 +64,7 @@ def replay(
                 task, completed=done, rate=f"{speed:,.0f}/s" if speed else "", figures=f"NDCG@10 lately {ndcg:.3f}"
             )
 
-        return run(log, exclusion=exclusion, seed=seed, progress=progress)
+        return run(log, exclusion=exclusion, protocol=cast(Protocol, protocol), seed=seed, progress=progress)
 
 
 def _live(log: ReplayLog, exclusion: Exclusion, seed: int, screen: Console | None) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def show(result: dict[str, Any], screen: Console) -> None:
         f"NDCG@10 ahead of popularity {best}, the best in hindsight: {lead['ndcg@10']:+.4f}"
         f" [{lead['low']:+.4f}, {lead['high']:+.4f}] (95 %, over users)"
     )
-    for title, part in (("history", "by_history_length"), ("channel", "by_channel")):
+    for title, part in (("history", "by_history_length"), ("channel", "channels")):
         pieces = [f"{name} {_figure(row)}" for name, row in result[part].items()]
         screen.print(f"by {title}: " + "  ".join(pieces))
     _show_cold(result["cold_start"], screen)
@@ -141,4 +144,4 @@ def _show_cold(cold: dict[str, Any], screen: Console) -> None:
 
 
 def _figure(row: dict[str, Any]) -> str:
-    return f"{row['ndcg@10']:.3f}" if "ndcg@10" in row else f"{row['hit_share']:.0%}"
+    return f"{row['ndcg@10']:.3f}" if "ndcg@10" in row else f"{row['recall']:.0%} ({row['only_share']:.1%} alone)"

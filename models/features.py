@@ -14,6 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from models.decay import NAMES, popularities
+from models.items import cosine
 
 FEATURES: Final = (
     *(f"log_popularity_{name}" for name in NAMES),
@@ -39,10 +40,17 @@ FEATURES: Final = (
     "own_count_in_session",
     "log_transition_in_session",
     "log_prior_by_history",
+    "seen",
+    "seen_order",
+    "log_seen",
+    "log_visited",
+    "root_visited",
 )
 F: Final = len(FEATURES)
 LOG_PRIOR: Final = FEATURES.index("log_prior")
 LOG_TRANSITION: Final = FEATURES.index("log_transition")
+_SEEN: Final = FEATURES.index("seen")
+_VISITED: Final = FEATURES.index("log_visited")
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -51,10 +59,14 @@ I64 = NDArray[np.int64]
 
 
 class Viewer(NamedTuple):
-    """Who asks: rows of their sequence i64[h], newest first, -1 where unknown, and its times f64[h] (s)."""
+    """Who asks: rows of their sequence i64[h], newest first, -1 where unknown, and its times f64[h] (s).
+
+    own i64[s]: rows of every item they acted on, in order of the first time, where a slate may repeat them.
+    """
 
     history: I64
     times: F64
+    own: I64
 
 
 class Frame(NamedTuple):
@@ -102,6 +114,37 @@ def _lift(count, total, prior):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def _own(place, own, out):  # type: ignore[no-untyped-def]
+    """Fill the family `seen`: whether an item is the viewer's own, how many firsts came since, how many there are."""
+    for i in range(len(out)):
+        out[i, _SEEN + 2] = math.log1p(np.float64(len(own)))
+    for j in range(len(own)):
+        if own[j] >= 0 and place[own[j]] >= 0:
+            i = place[own[j]]
+            out[i, _SEEN] = 1.0
+            out[i, _SEEN + 1] = math.log1p(np.float64(len(own) - 1 - j))
+
+
+@njit(cache=True)
+def _visited(place, rows, history, items, out):  # type: ignore[no-untyped-def]
+    """Fill the family `visited`: log and root of the sum of the cosines of C from the last 20 items."""
+    for p in range(min(len(history), 20)):
+        row = history[p]
+        if row < 0:
+            continue
+        for k in range(items.c_items.shape[1]):
+            y = items.c_items[row, k]
+            if y < 0:
+                break
+            if place[y] >= 0:
+                out[place[y], _VISITED] += cosine(items.c_weights[row, k], items.c_sums[row], items.weights[y, 7])
+    for i in range(len(rows)):
+        total = out[i, _VISITED]
+        out[i, _VISITED] = math.log(total + 1e-3) + 7.0
+        out[i, _VISITED + 1] = math.sqrt(total)
+
+
+@njit(cache=True)
 def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ignore[no-untyped-def]
     """Fill out f64[m, F] with the features of candidate rows i64[m]; `place` i32[n] is -1 everywhere and is left so."""
     history, times, now = viewer.history, viewer.times, frame.now
@@ -122,6 +165,8 @@ def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ign
             if p < 3:
                 _spread(place, items.b_items, items.b_weights, history[p], 12 + p, 1.0, out)
             _spread(place, items.b_items, items.b_weights, history[p], 15, 0.8**p, out)
+    _own(place, viewer.own, out)
+    _visited(place, rows, history, items, out)
     own_latest = np.full(m, -np.inf)
     for p in range(h):
         if history[p] >= 0 and place[history[p]] >= 0:

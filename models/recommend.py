@@ -26,11 +26,13 @@ from models.model import Model
 from models.ranker import heads
 from models.retrieval import (
     CHANNELS,
+    CO_VISITATION,
     FRESH,
     POPULAR,
     POPULAR_NOW,
     QUOTAS,
     RECENT,
+    REPEAT,
     TRANSITION,
     VECTOR,
     blends,
@@ -40,6 +42,7 @@ from models.retrieval import (
 from models.rows import mark_low
 
 U8 = NDArray[np.uint8]
+U16 = NDArray[np.uint16]
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -48,6 +51,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 NONE: Final[U64] = np.empty(0, np.uint64)
+NO_SEEN: Final[U32] = np.empty(0, np.uint32)
 HISTORY_LIMIT: Final = 50
 
 
@@ -85,7 +89,8 @@ class Slate:
     """The answer: k drawn items, and the m candidates they were drawn from.
 
     rows i64[k], items u64[k], scores f32[k], channels u8[k] (places in CHANNELS), propensities f32[k], reasons str[k];
-    candidates u64[m] and candidate_scores f32[m]; features f16[m, F] where kept, else [k, F] of the shown items.
+    candidates u64[m], their scores f32[m] and places u16[m, c] in the list of each channel (65535: not in it);
+    features f16[m, F] where kept, else [k, F] of the shown items.
     """
 
     request: Request
@@ -99,6 +104,7 @@ class Slate:
     candidates: U64
     candidate_scores: F32
     candidate_channels: U8
+    places: U16
     features: F16
     trace: dict[str, Any] = field(default_factory=dict)
 
@@ -126,17 +132,18 @@ def recommend(
     model.factors.grow()
     n = items.n
     frame = items.popularity.at(request.now)
-    own = items.rows.find(history.items[:HISTORY_LIMIT])
+    viewer = _viewer(items, history, request)
     blocked = blocked_rows(items, history, request)
-    q = model.factors.encode(own)
+    q = model.factors.encode(viewer.history)
     place = np.full(n, -1, np.int32)
     arrays = items.arrays()
     channel_blends = blends(model.mixture, frame[1], frame[2], max(float(n), 1.0))
-    rows, channels, found = gather(
-        n, arrays, blocked, frame[0], channel_blends, own, model.factors.vectors, model.factors.bias, q, QUOTAS, place
-    )
+    rows, channels, places, found = gather(
+        n, arrays, blocked, frame[0], channel_blends, viewer, model.factors.vectors, model.factors.bias, q, QUOTAS,
+        place,
+    )  # fmt: skip
     marks += [clock()] if clock else []
-    x, said = _rank(items, model, history, request, rows, own, q, frame, place)
+    x, said = _rank(items, model, viewer, request, rows, q, frame, place)
     scores = heads.total(said, request.weights)
     marks += [clock()] if clock else []
     drawn, propensities = draw(scores, request)
@@ -144,8 +151,8 @@ def recommend(
     slate = Slate(
         request=request, step=model.step, rows=rows[drawn], items=items.rows.keys[rows[drawn]],
         scores=scores[drawn].astype(np.float32), channels=channels[drawn], propensities=propensities,
-        reasons=_reasons(items, channels[drawn].tolist(), own), candidates=items.rows.keys[rows],
-        candidate_scores=scores.astype(np.float32), candidate_channels=channels,
+        reasons=_reasons(items, channels[drawn].tolist(), viewer.history), candidates=items.rows.keys[rows],
+        candidate_scores=scores.astype(np.float32), candidate_channels=channels, places=places,
         features=(x if request.keep_candidates else x[drawn]).astype(np.float16),
     )  # fmt: skip
     if request.trace:
@@ -153,14 +160,19 @@ def recommend(
     return slate
 
 
+def _viewer(items: Items, history: History, request: Request) -> Viewer:
+    own = items.rows.find_low(history.seen if request.seen == "include" else NO_SEEN)
+    return Viewer(items.rows.find(history.items[:HISTORY_LIMIT]), history.times[:HISTORY_LIMIT], own)
+
+
 def _rank(
-    items: Items, model: Model, history: History, request: Request, rows: I64, own: I64, q: F32,
+    items: Items, model: Model, viewer: Viewer, request: Request, rows: I64, q: F32,
     frame: tuple[NDArray[np.int32], F64, F64, float], place: NDArray[np.int32],
 ) -> tuple[F64, F64]:  # fmt: skip
     """Return the features f64[m, F] and the heads f64[m, H] of distinct rows; each row's depend on that row alone."""
     x = np.empty((len(rows), F))
     features(
-        rows, place, Viewer(own, history.times[:HISTORY_LIMIT]),
+        rows, place, viewer,
         Frame(request.now, frame[0], frame[1], frame[2], max(float(items.n), 1.0)), items.arrays(), items.born,
         Learnt(model.mixture, model.factors.vectors, model.factors.bias, q), x,
     )  # fmt: skip
@@ -177,11 +189,11 @@ def score_items(items: Items, model: Model, history: History, request: Request, 
     spare = items.rows.spare()
     items.grow()
     model.factors.grow()
-    own, rows = items.rows.find(history.items[:HISTORY_LIMIT]), items.rows.find(keys)
+    viewer, rows = _viewer(items, history, request), items.rows.find(keys)
     rows, of = np.unique(np.where(rows < 0, spare, rows), return_inverse=True)
-    q, frame = model.factors.encode(own), items.popularity.at(request.now)
+    q, frame = model.factors.encode(viewer.history), items.popularity.at(request.now)
     place = np.full(items.rows.capacity, -1, np.int32)
-    _, said = _rank(items, model, history, request, rows, own, q, frame, place)
+    _, said = _rank(items, model, viewer, request, rows, q, frame, place)
     scores: F64 = heads.total(said, request.weights)[of]
     return scores
 
@@ -227,6 +239,8 @@ def _reasons(items: Items, channels: list[int], own: I64) -> list[str]:
         POPULAR_NOW: "Chosen most in the last minutes",
         POPULAR: "Chosen most of late",
         RECENT: "You have been here before",
+        REPEAT: "You chose it before",
+        CO_VISITATION: "Goes with what you chose lately",
         FRESH: "New here",
         TRANSITION: f"Often chosen after {title}",
         VECTOR: "Close to what you chose lately" if title else "Chosen most of late",

@@ -3,6 +3,8 @@
     popular_now 30 by P 15 min | popular_today 30 by P 1 d | popular 60 by the prior mixture
     transition 80 by A[h0] + .3 sum_p .8^p B[h_p] + .2 prior | vector 80 by q.E + b + log prior (exact)
     recent <= 25 of the user's own last items | fresh 10 newest first-seen items
+    repeat 100 of all own earlier items (those the seen list remembers), by the transition score, else .2 prior
+    co_visitation 80 by the sum of the cosines of C to the last 20 items
 
 Every list is the exact top of its score; one pass of compiled code, O(items).
 """
@@ -17,17 +19,23 @@ from numpy.typing import NDArray
 
 from models.decay import STEPS, blend, scan, steps_between
 from models.features import dot
-from models.items import ItemArrays
+from models.items import ItemArrays, cosine
 
-CHANNELS: Final = ("popular_now", "popular_today", "popular", "transition", "vector", "recent", "fresh")
-QUOTAS: Final = np.array([30, 30, 60, 80, 80, 25, 10])
-POPULAR_NOW, POPULAR_TODAY, POPULAR, TRANSITION, VECTOR, RECENT, FRESH = range(len(CHANNELS))
+CHANNELS: Final = (
+    "popular_now", "popular_today", "popular", "transition", "vector", "recent", "fresh", "repeat", "co_visitation",
+)  # fmt: skip
+"""Their places are stored in impressions: new ones go to the end."""
+QUOTAS: Final = np.array([30, 30, 60, 80, 80, 25, 10, 100, 80])
+POPULAR_NOW, POPULAR_TODAY, POPULAR, TRANSITION, VECTOR, RECENT, FRESH, REPEAT, CO_VISITATION = range(len(CHANNELS))
+NOT_FOUND: Final = np.uint16(65535)
+"""The place of an item in the list of a channel that did not bring it."""
 _NOW, _TODAY = 1, 3  # places of 15 min and 1 d on the grid
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
+U16 = NDArray[np.uint16]
 U8 = NDArray[np.uint8]
 
 
@@ -135,41 +143,76 @@ def _vector_scores(vectors, bias, q, n, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _merge(rows, channel, seen, out_rows, out_channel, out_rank, count):  # type: ignore[no-untyped-def]
+def _own_earlier(own, scores, prior, blocked, k):  # type: ignore[no-untyped-def]
+    """Return the k own items i64[s] of the highest transition score, .2 prior where there is none."""
+    values, out_of = np.full(len(own), -np.inf, np.float32), np.zeros(len(own), np.uint8)
+    for j in range(len(own)):
+        row = own[j]
+        out_of[j] = row < 0 or row >= len(prior) or blocked[row]
+        if not out_of[j]:
+            values[j] = scores[row] if scores[row] > -np.inf else 0.2 * prior[row]
+    return own[top(values, len(own), out_of, k)]
+
+
+@njit(cache=True)
+def _visited_together(items, history, n):  # type: ignore[no-untyped-def]
+    """Return f32[n] with the sum of the cosines of C from the last 20 items, -inf where no list holds the row."""
+    out = np.full(n, -np.inf, np.float32)
+    for p in range(min(len(history), 20)):
+        row = history[p]
+        if row < 0:
+            continue
+        for k in range(items.c_items.shape[1]):
+            y = items.c_items[row, k]
+            if y < 0:
+                break
+            if out[y] == -np.inf:
+                out[y] = 0.0
+            out[y] += cosine(items.c_weights[row, k], items.c_sums[row], items.weights[y, 7])
+    return out
+
+
+@njit(cache=True)
+def _merge(rows, c, seen, out_rows, out_channel, out_places, count):  # type: ignore[no-untyped-def]
     """Append a channel's rows; an item found before is credited to the channel that ranks it higher."""
     for rank in range(len(rows)):
         row = rows[rank]
         at = seen[row]
         if at < 0:
-            seen[row] = count
-            out_rows[count], out_channel[count], out_rank[count] = row, channel, rank
+            at = seen[row] = count
+            out_rows[at], out_channel[at] = row, c
+            for other in range(out_places.shape[1]):
+                out_places[at, other] = 65535
             count += 1
-        elif rank < out_rank[at]:
-            out_channel[at], out_rank[at] = channel, rank
+        elif rank < out_places[at, out_channel[at]]:
+            out_channel[at] = c
+        out_places[at, c] = rank
     return count
 
 
 @njit(cache=True)
-def gather(n, items, blocked, cells_now, blends, history, vectors, bias, q, quotas, place):  # type: ignore[no-untyped-def]
-    """Return (rows i64[m], channel u8[m], found i64[7]): the union of all channels and how many each brought.
+def gather(n, items, blocked, cells_now, blends, viewer, vectors, bias, q, quotas, place):  # type: ignore[no-untyped-def]
+    """Return (rows i64[m], channel u8[m], places u16[m, c], found i64[c]): the union of all channels.
 
-    blends f64[3, 9]: 15 min, 1 d, prior; place i32[capacity] is -1 everywhere and is left so.
+    `channel` is the one that ranks an item highest, `places` are those in the list of each, `found` how many each
+    brought. blends f64[3, 9]: 15 min, 1 d, prior; place i32[capacity] is -1 everywhere and is left so.
     """
+    history = viewer.history
     popularity = np.empty((3, n), np.float32)
     scan(n, items.weights, items.cells, cells_now, blends, popularity)
+    transitions = _transitions(items, history, popularity[2], n)
     room = 0
     for c in range(len(quotas)):
         room += quotas[c]
-    rows, channel, rank = np.empty(room, np.int64), np.empty(room, np.uint8), np.empty(room, np.int64)
+    rows, channel = np.empty(room, np.int64), np.empty(room, np.uint8)
+    places = np.empty((room, len(quotas)), np.uint16)
     found = np.zeros(len(quotas), np.int64)
     count = 0
-    for c in range(7):
+    for c in range(len(quotas)):
         if c < 3:
             best = top(popularity[c], n, blocked, quotas[c])
         elif c == 3:
-            if len(history) == 0:
-                continue
-            best = top(_transitions(items, history, popularity[2], n), n, blocked, quotas[c])
+            best = top(transitions, n, blocked, quotas[c])
         elif c == 4:
             scores = np.empty(n, np.float32)
             log_into(popularity[2], n, scores)
@@ -177,13 +220,17 @@ def gather(n, items, blocked, cells_now, blends, history, vectors, bias, q, quot
             best = top(scores, n, blocked, quotas[c])
         elif c == 5:
             best = _own(history, blocked, quotas[c])
-        else:
+        elif c == 6:
             best = _newest(items.first, n, blocked, quotas[c])
+        elif c == 7:
+            best = _own_earlier(viewer.own, transitions, popularity[2], blocked, quotas[c])
+        else:
+            best = top(_visited_together(items, history, n), n, blocked, quotas[c])
         found[c] = len(best)
-        count = _merge(best, c, place, rows, channel, rank, count)
+        count = _merge(best, c, place, rows, channel, places, count)
     for i in range(count):
         place[rows[i]] = -1
-    return rows[:count], channel[:count], found
+    return rows[:count], channel[:count], places[:count], found
 
 
 @njit(cache=True)

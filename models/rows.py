@@ -115,6 +115,21 @@ def mark_low(table, keys, low, marks, value):  # type: ignore[no-untyped-def]
             at = (at + 1) & mask
 
 
+@njit(cache=True)
+def find_low(table, keys, low, out):  # type: ignore[no-untyped-def]
+    """Fill out i64[s] with a row whose key's low 32 bits are low u32[s], -1 for none; of several, the first found."""
+    mask = np.int64(len(table) - 1)
+    for i in range(len(low)):
+        out[i] = -1
+        at = np.int64(low[i]) & mask
+        while table[at] != 0:
+            row = np.int64(table[at]) - 1
+            if np.uint32(keys[row] & np.uint64(0xFFFFFFFF)) == low[i]:
+                out[i] = row
+                break
+            at = (at + 1) & mask
+
+
 class Rows:
     """The rows of all items one process knows; shared by reference between its items and its model.
 
@@ -165,6 +180,12 @@ class Rows:
         """Return the rows of keys u64[k], -1 for unknown ones."""
         out = np.empty(len(keys), np.int64)
         _find(self.table, self.keys, keys, out)
+        return out
+
+    def find_low(self, low: U32) -> I64:
+        """Return the rows of the keys whose low 32 bits are low u32[s], -1 for unknown ones."""
+        out = np.empty(len(low), np.int64)
+        find_low(self.table, self.keys, low, out)
         return out
 
     def spare(self) -> int:

@@ -17,8 +17,7 @@ import numpy as np
 
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
 from models.examples import CodecError, HoleError
-from models.item_fold import Folded, ItemFold, PoisonError
-from models.items import CatalogueItem, Items, sound
+from models.items import CatalogueItem, Folded, ItemFold, Items, PoisonError, sound
 from models.rows import BEHAVIOUR
 from streaming.consumer import TP, Batch, Bounds
 from streaming.dead_letters import DeadLetters

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from infra.settings import Settings
-from models.item_fold import ItemFold
+from models.items import ItemFold
 from models.rows import BEHAVIOUR
 from streaming.events import Click, Event, encode
 from streaming.item_agent import ItemAgent

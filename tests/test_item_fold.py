@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import item_fold
 from models.examples import IMPRESSION, Entries
-from models.item_fold import Folded, ItemFold, PoisonError
-from models.items import Items
+from models.items import Folded, ItemFold, Items, PoisonError
+from models.items import folding as item_fold
 from models.rows import BEHAVIOUR, Rows
 from tests.entries import KEYS, NAMES, Walk, cuts, entry
 

@@ -7,17 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, accept
-from models.items import CatalogueItem, Items
+from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, accept, concatenate
+from models.items import CatalogueItem, Items, cosine
+from models.items.transitions import K_LONG, MOST_A, MOST_B, MOST_C, K, bump
 from models.rows import Rows
-from models.transitions import K, bump
 from tests.entries import KEYS, NAMES, Walk, cuts, entry, shown
 
-GOLDEN = (
+GOLDEN_1 = (
     "01010100060000005b12612469dc0d41fbc089a04e1ffc40135309fbf42314410d0ff068162b4842f5e4d7431fb04440"
     "06f7b31d98e9b140c03fc39602ee6540000000000000f03f61b3040073a000000e140000ab0100003d0000000f000000"
     "01000000000000000000000084d7d7410000000084d7d74100000000000000000100000000000000000000000000f03f"
     "000000000000f03f2c8e2c3ff13852ce000000000000f03f2c8e2c3ff13852ce000000000000f03f6974656d2d31"
+)
+"""What version 0.1 wrote."""
+GOLDEN = (
+    "02010101" + GOLDEN_1[8 : 16 * 19] + "000000000000f03f" + 3 * "2c8e2c3ff13852ce000000000000f03f" + GOLDEN_1[-12:]
 )
 
 
@@ -69,13 +73,39 @@ def test_changed_rows_are_the_ones_whose_bytes_changed() -> None:
 
 
 def test_golden_bytes() -> None:
-    """Version 1 of a row; a change here needs a new version, and readers for both."""
+    """Version 2 of a row; a change here needs a new version, and readers for both."""
     items = Items(rows=Rows())
     items.fold(entry(1, 1.6e9, flags=ENTERS | VOICE | SHOWN))
     items.fold(entry(2, 1.6e9 + 60.0, offset=1, history=[1]))
     blob = items.pack(items.rows.find(KEYS[[1]]))[0]
-    assert len(blob) == 8 * (19 + 4) + len("item-1")
+    assert len(blob) == 8 * (20 + 6) + len("item-1")
     assert blob.hex() == GOLDEN
+
+
+def test_version_1_is_read() -> None:
+    """What version 1 wrote is loaded without a list C, packed as version 2, and folded on."""
+    items, blob = Items(rows=Rows()), bytes.fromhex(GOLDEN_1)
+    row = int(items.load(KEYS[[1]], [blob])[0])
+    assert (items.ids[row], items.b_weights[row, 0], items.c_items[row, 0], items.c_sums[row]) == ("item-1", 1.0, -1, 0)
+    again = items.pack(np.array([row]))[0]
+    assert (again[0], again[8 : 8 * 19]) == (2, blob[8 : 8 * 19])
+    items.fold(entry(2, 1.6e9 + 90.0, history=[1]))
+    assert items.c_weights[row, 0] == 1.0
+
+
+def test_rows_are_bounded() -> None:
+    """Whatever comes, a row holds K, K and K_LONG neighbours, and its sums stay below their bounds."""
+    items = Items(rows=Rows())
+    many = 1 + int(MOST_A) * 2
+    for at in range(0, many, 100):
+        items.fold(concatenate([entry(1 + i % 50, 1.6e9 + i, offset=i, history=[0, 55]) for i in range(at, at + 100)]))
+    row = items.rows.find(KEYS[[0]])
+    assert MOST_A / 2 <= items.a_sums[row[0]] <= MOST_A
+    assert items.a_weights[row[0]].sum() <= items.a_sums[row[0]] + 1e-6
+    largest = 8 * (20 + 2 * (2 * K + K_LONG)) + len("item-55")
+    assert max(map(len, items.pack(np.arange(items.n)))) <= largest
+    for sums, most in ((items.a_sums, MOST_A), (items.b_sums, MOST_B), (items.c_sums, MOST_C)):
+        assert sums.max() <= most
 
 
 def test_foreign_rows_raise() -> None:
@@ -85,6 +115,16 @@ def test_foreign_rows_raise() -> None:
     for bad in (b"", blob[:-1], b"\x07" + blob[1:], blob[:1] + b"\xff" + blob[2:]):
         with pytest.raises(CodecError):
             Items(rows=Rows()).load(KEYS[[1]], [bad])
+
+
+def test_long_co_visitation_by_example() -> None:
+    items = Items(rows=Rows())
+    items.fold(entry(30, 1.6e9, history=[*range(20)]))
+    last, twentieth = (int(items.rows.find(KEYS[[i]])[0]) for i in (30, 19))
+    assert (items.c_items[twentieth, 0], items.b_items[twentieth, 0]) == (last, -1)
+    assert items.c_weights[twentieth, 0] == pytest.approx(0.95**19)
+    assert items.c_weights[last, :20] == pytest.approx([0.5 * 0.95**p for p in range(20)])
+    assert cosine(2.0, 6.0, 15.0) == pytest.approx(2.0 / 20.0)
 
 
 def test_neighbours_by_example() -> None:
@@ -105,11 +145,20 @@ def test_neighbours_by_example() -> None:
 def test_a_full_list_replaces_its_smallest_weight() -> None:
     lists, weights, sums = np.full((1, K), -1, np.int32), np.zeros((1, K)), np.zeros(1)
     for item in range(K):
-        bump(lists, weights, sums, 0, item, 1.0 + item)
-    bump(lists, weights, sums, 0, 77, 0.5)
+        bump(lists, weights, sums, 0, item, 1.0 + item, 1e9)
+    bump(lists, weights, sums, 0, 77, 0.5, 1e9)
     assert lists[0, 0] == 77
     assert weights[0, 0] == 0.5
     assert sums[0] == pytest.approx(sum(range(1, K + 1)) + 0.5)
+
+
+def test_a_row_is_halved_where_its_sum_passes_the_bound() -> None:
+    lists, weights, sums = np.full((1, K), -1, np.int32), np.zeros((1, K)), np.zeros(1)
+    for item in (1, 1, 1, 2):
+        bump(lists, weights, sums, 0, item, 1.0, 4.0)
+    bump(lists, weights, sums, 0, 3, 1.0, 4.0)
+    assert weights[0, :3].tolist() == [1.5, 0.5, 1.0]
+    assert sums[0] == 2.5
 
 
 def test_exposure_outcomes_and_voice() -> None:

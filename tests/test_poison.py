@@ -12,7 +12,7 @@ import pytest
 
 from infra.settings import Settings
 from infra.telemetry import EXIT_FOR_GOOD
-from models.item_fold import PoisonError
+from models.items import PoisonError
 from models.profile import unpack
 from streaming.agents import UserAgent
 from streaming.consumer import TP

@@ -15,7 +15,7 @@ from models.items import CatalogueItem, Items
 from models.learner import Learner
 from models.model import Model
 from models.recommend import History, Request, draw, popular, recommend, samples, score_items, similar
-from models.retrieval import CHANNELS, QUOTAS, log_into, ranks, top
+from models.retrieval import CHANNELS, NOT_FOUND, QUOTAS, REPEAT, log_into, ranks, top
 from models.rows import Rows
 from tests.entries import KEYS, NAMES, Walk
 
@@ -167,6 +167,32 @@ def test_own_recent_items_come_back_when_seen_is_included(system: tuple[Items, M
     recent = {int(k) for k, c in zip(slate.candidates, slate.candidate_channels, strict=True) if c == 5}
     assert recent <= set(KEYS[[3, 9]].tolist())
     assert set(KEYS[[3, 9]].tolist()) <= set(slate.candidates.tolist())
+
+
+def test_own_items_beyond_the_sequence_are_repeated(system: tuple[Items, Model]) -> None:
+    """The seen list reaches further than the sequence: what lies in it alone comes back by the channel `repeat`."""
+    past = history(3, 9)
+    past.seen = (KEYS[[40, 41, 3, 9]] & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    few = Request("s", END, seen="include", exclude=KEYS[[41]])
+    slate = recommend(*system, past, few)
+    place = {int(key): row[REPEAT] for key, row in zip(slate.candidates, slate.places, strict=True)}
+    own = [key for key in place if place[key] != NOT_FOUND]
+    assert sorted(own) == sorted(KEYS[[40, 3, 9]].tolist())
+    assert sorted(place[key] for key in own) == [0, 1, 2]
+    slate = recommend(*system, past, Request("s", END))
+    assert (slate.places[:, REPEAT] == NOT_FOUND).all()
+
+
+def test_places_are_those_of_the_channels(system: tuple[Items, Model]) -> None:
+    slate = recommend(*system, history(3, 9), Request("s", END, seen="include"))
+    found = slate.places != NOT_FOUND
+    assert found.any(1).all()
+    for c in range(len(CHANNELS)):
+        assert sorted(slate.places[found[:, c], c].tolist()) == list(range(int(found[:, c].sum())))
+        assert found[:, c].sum() <= QUOTAS[c]
+    best = slate.places.min(1)
+    at = slate.candidate_channels.astype(np.int64)
+    np.testing.assert_array_equal(slate.places[np.arange(len(at)), at], best)
 
 
 def test_the_trace_names_channels_and_times(system: tuple[Items, Model]) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from infra.cli import app
 from models.examples import item_hash
 from models.profile import unpack
+from models.retrieval import CHANNELS
 from streaming.events import Action, Click, Dwell, Rating, View
 from streaming.replay.logs import FOLLOWS, HATED, TARGET, ReplayError, ReplayLog, read_log, roles
 from streaming.replay.prequential import Replay, run
@@ -58,7 +59,12 @@ def test_the_report(report: dict) -> None:  # type: ignore[type-arg]
     assert report["baseline"]["half_lives"][best["half_life"]]["hit_rate@10"] == best["hit_rate@10"]
     assert sum(row["events"] for row in report["over_time"]) == 1500 - 40
     assert sum(row["events"] for row in report["by_history_length"].values()) == 1500 - 40
-    assert sum(row["hit_share"] for row in report["by_channel"].values()) == pytest.approx(1.0)
+    assert set(report["channels"]) == set(CHANNELS)
+    for row in report["channels"].values():
+        assert 0 <= row["only_share"] <= row["recall"] <= 1
+        assert row["hit_rate@10"] <= row["recall"]
+    assert report["channels"]["popular"]["recall"] == pytest.approx(1.0)  # 40 items, a quota of 60
+    assert report["channels"]["transition"]["hit_rate@10"] > report["channels"]["popular"]["hit_rate@10"]
     assert report["learn_us_per_event"] > 0
     assert report["recommend_us_per_request"] > 0
     json.dumps(report)
@@ -100,6 +106,49 @@ def test_excluded_items_are_never_offered() -> None:
             offered = {replay.items.ids[row] for row in slate.rows}
             assert not offered & had.setdefault(owner, set())
             had[owner].add(event.item_id)
+
+
+def baskets(n: int, seed: int = 0) -> ReplayLog:
+    """Customers with three things of their own, who buy these again, and one more, every other day."""
+    rng, log = np.random.default_rng(seed), ReplayLog()
+    for b in range(n):
+        user = int(rng.integers(15))
+        for item in (*(f"u{user}-{k}" for k in range(3)), f"any-{int(rng.integers(30))}"):
+            log.events.append(Click(user_id=f"u{user}", item_id=item, ts=1.6e9 + 2 * 86400.0 * b))
+            log.baskets.append(f"b{b}")
+    return log
+
+
+def test_baskets_are_ranked_before_they_begin() -> None:
+    """One slate a basket, at its first row, of the state before it; nothing of it is left out; then all is learnt."""
+    log, replay = baskets(60), Replay(exclusion="invoice")
+    for b in range(60):
+        before = replay.learner.learnt
+        own = {event.item_id for event in log.events[4 * b : 4 * b + 4]}
+        slate = replay.offer(log.events[4 * b : 4 * b + 4], range(4 * b, 4 * b + 4))
+        assert replay.learner.learnt == before + 4
+        if b > 50:
+            assert len(own & {replay.items.ids[row] for row in slate.rows}) >= 3
+    assert (replay.trail.slates, len(replay.trail.ranks)) == (60, 240)
+    assert replay.trail.lengths[:4] == [0, 0, 0, 0]
+    report = run(baskets(60), exclusion="invoice", protocol="basket")
+    assert (report["events"], report["slates"]) == (240, 60)
+    assert report["channels"]["repeat"]["recall"] > 0.6
+    assert report["metrics"]["ndcg@10"] > 2 * report["baseline"]["popularity"]["ndcg@10"]
+
+
+def test_rows_of_a_basket_are_brought_together(tmp_path: Path) -> None:
+    rows = "user,item,ts,order\na,x,1,1\nb,y,2,9\na,z,3,1\na,w,4,2\nb,v,5,\nb,u,6,\n"
+    path = write(tmp_path / "l.csv", rows)
+    log = read_log(path, "csv", {"basket": "order"})
+    made: list[Replay] = []
+    report = run(log, exclusion="none", protocol="basket", make=lambda **o: made.append(Replay(**o)) or made[0])  # type: ignore[func-returns-value]
+    assert (report["events"], report["slates"]) == (6, 5)
+    assert made[0].trail.events == [0, 2, 1, 3, 4, 5]
+    with pytest.raises(ReplayError, match="expected rows with a basket"):
+        run(read_log(path, "csv"), exclusion="none", protocol="basket")
+    answer = CliRunner().invoke(app, ["replay", str(path), "--protocol", "week"])
+    assert "--protocol: expected line or basket" in str(answer.exception)
 
 
 def test_movielens_is_sorted_with_ties_in_file_order(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from infra.settings import Settings
-from models import item_fold
 from models.examples import item_hash
 from models.factors import DIM
-from models.item_fold import ItemFold
+from models.items import ItemFold
+from models.items import folding as item_fold
 from models.model import STATE_FORM, Model
 from models.rows import BEHAVIOUR, LEARNT, Rows
 from serving.snapshot import Live, Snapshot, Stale

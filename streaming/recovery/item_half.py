@@ -15,8 +15,7 @@ import msgspec
 import numpy as np
 
 from infra.settings import Settings
-from models.item_fold import ItemFold, PoisonError
-from models.items import Items
+from models.items import ItemFold, Items, PoisonError
 from streaming.events import EventError, decode_item, item_key
 from streaming.item_agent import ItemAgent
 from streaming.recovery.compare import differences, digests

@@ -32,7 +32,7 @@ TARGET, HATED, FOLLOWS = 1, 0, -1
 """
 PUSHED: Final = ("hide", "skip")
 """Actions that say no."""
-COLUMNS: Final = ("user", "item", "ts", "rating", "dwell", "kind")
+COLUMNS: Final = ("user", "item", "ts", "rating", "dwell", "kind", "basket")
 LISTED: Final = 20
 
 
@@ -301,7 +301,7 @@ def _csv(file: Path, log: ReplayLog, columns: Mapping[str, str]) -> None:
     described: dict[str, tuple[float, str, dict[str, str]]] = {}
     for where, values in rows:
         row, count = dict(zip(fields, values, strict=True)), len(log.events)
-        _add(log, where, lambda r=row: _interaction(r, scale))  # type: ignore[misc]
+        _add(log, where, lambda r=row: _interaction(r, scale), row.get("basket", ""))  # type: ignore[misc]
         for event in log.events[count:]:
             if event.ts < described.get(event.item_id, (math.inf,))[0]:
                 described[event.item_id] = (event.ts, where, row)

@@ -4,13 +4,16 @@ For each row: read the profile, `recommend`, find the item's rank over the full 
 through `streaming.learn`, `Items.fold` and `Learner.learn`. State is in memory; record time = ts; an item is known from
 its first event on, and so is its catalogue entry: it is set when that event is folded, by the call that is made live.
 A catalogue known beforehand would let a slate hold items that nobody chose yet. Knows nothing of Kafka, Redis or HTTP.
+
+Protocol `line` takes every row for itself; `basket` asks what a basket will hold before it begins: one slate at its
+first row's time, in which every row of it is ranked and nothing of it is left out, then all rows are learnt, in order.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -23,18 +26,20 @@ from models.examples import Entries, item_hash
 from models.items import CatalogueItem, Items
 from models.learner import Learner
 from models.profile import unpack
-from models.recommend import History, Request, Slate, blocked_rows, recommend, score_items
-from models.retrieval import ranks
+from models.recommend import NONE, History, Request, Slate, blocked_rows, recommend, score_items
+from models.retrieval import CHANNELS, NOT_FOUND, ranks
 from models.rows import Rows
 from streaming.events import Click, Event, Interaction, Weights, impression
 from streaming.learn import Part, UserFold
 from streaming.replay.catalogue import Catalogue
-from streaming.replay.logs import HATED, TARGET, ReplayLog, roles
+from streaming.replay.logs import HATED, TARGET, ReplayError, ReplayLog, roles
 from streaming.replay.report import report
 from streaming.state import MemoryUserStore, UserRead
 
 Exclusion = Literal["seen", "invoice", "none"]
+Protocol = Literal["line", "basket"]
 NEVER_SEEN: Final = np.nan
+NOWHERE: Final = np.full(len(CHANNELS), NOT_FOUND)
 F64 = NDArray[np.float64]
 
 
@@ -51,9 +56,10 @@ class Trail:
 
     ranks: list[float] = field(default_factory=list)
     popularity: list[F64] = field(default_factory=list)
-    channels: list[int] = field(default_factory=list)
+    places: list[NDArray[np.uint16]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     earlier: list[int] = field(default_factory=list)
+    slates: int = 0
     recommend_s: float = 0.0
     learn_s: float = 0.0
 
@@ -79,25 +85,34 @@ class Replay:
         self.trail = Trail()
         self._offset = 0
         self._basket: dict[str, list[int]] = {}
-        self._basket_name = ""
         self._events_of: Counter[str] = Counter()
 
     def step(self, event: Interaction, basket: str, place: int = 0) -> Slate:
         """Rank the item of the log's event at `place`, then learn the event; returns the slate that was offered."""
+        exclude = self._basket.setdefault(basket, []) if self.exclusion == "invoice" and basket else []
+        slate = self.offer([event], [place], np.array(exclude, np.uint64))
+        exclude.append(item_hash(event.item_id))
+        return slate
+
+    def offer(self, events: Sequence[Interaction], places: Sequence[int], exclude: NDArray[np.uint64] = NONE) -> Slate:
+        """Make one slate at the first event's time, rank each event's item in it, then learn the events in order.
+
+        The events are one user's, at `places` of the log; `exclude` u64[e] are items that the slate leaves out.
+        """
         started = time.perf_counter()
-        read = self.store.read_now(0, [event.user_id])
+        read = self.store.read_now(0, [events[0].user_id])
         history = self._history(read)
-        request = self._request(event, basket)
+        request = self._request(events[0], exclude)
         slate = recommend(self.items, self.learner.model, history, request)
         self.trail.recommend_s += time.perf_counter() - started
-        self.trail.events.append(place)
-        self._note(event, history, request, slate)
-        if self.judging:
-            self._judge(event, place, history, request)
+        self.trail.slates += 1
+        self.trail.events += places
+        for event, place in zip(events, places, strict=True):
+            self._note(event, history, request, slate)
+            if self.judging:
+                self._judge(event, place, history, request)
         started = time.perf_counter()
-        self._learn(event, slate, read)
-        if basket:
-            self._basket.setdefault(basket, []).append(item_hash(event.item_id))
+        self._learn(events, slate, read)
         self.trail.learn_s += time.perf_counter() - started
         return slate
 
@@ -105,7 +120,7 @@ class Replay:
         """Learn an event that is no target; one that was hated is scored before."""
         read = self.store.read_now(0, [event.user_id])
         if hated:
-            self._judge(event, place, self._history(read), self._request(event, ""))
+            self._judge(event, place, self._history(read), self._request(event, NONE))
         started = time.perf_counter()
         self._fold([event], read)
         self._describe(event.item_id)
@@ -122,11 +137,10 @@ class Replay:
         view = unpack(read.profiles[0], read.seen[0])
         return History(view.items, view.times, view.kinds, view.seen)
 
-    def _request(self, event: Interaction, basket: str) -> Request:
-        exclude = self._basket.get(basket, ()) if self.exclusion == "invoice" else ()
+    def _request(self, event: Interaction, exclude: NDArray[np.uint64]) -> Request:
         return Request(
             slate_id=f"replay-{self._offset}", now=event.ts, policy="greedy", keep_candidates=True,
-            seen="exclude" if self.exclusion == "seen" else "include", exclude=np.array(exclude, np.uint64),
+            seen="exclude" if self.exclusion == "seen" else "include", exclude=exclude,
         )  # fmt: skip
 
     def _note(self, event: Interaction, history: History, request: Request, slate: Slate) -> None:
@@ -138,28 +152,30 @@ class Replay:
         if row < 0 or self.items.popularity.weights[row, -1] == 0.0:
             trail.ranks.append(NEVER_SEEN)
             trail.popularity.append(np.full(GRID, NEVER_SEEN))
-            trail.channels.append(-1)
+            trail.places.append(NOWHERE)
             return
         found = np.flatnonzero(slate.candidates == key)
         trail.ranks.append(metrics.mid_rank(slate.candidate_scores, int(found[0])) if len(found) else np.inf)
-        trail.channels.append(int(slate.candidate_channels[found[0]]) if len(found) else -1)
+        trail.places.append(slate.places[found[0]] if len(found) else NOWHERE)
         blocked = blocked_rows(self.items, history, request)
-        frame = self.items.popularity.at(event.ts)
+        frame = self.items.popularity.at(request.now)
         trail.popularity.append(
             ranks(self.items.arrays(), self.items.n, blocked, row, frame, float(self.items.n))
             if not blocked[row]
             else np.full(GRID, np.inf)
         )
 
-    def _learn(self, event: Interaction, slate: Slate, read: UserRead) -> None:
-        request = slate.request
+    def _learn(self, events: Sequence[Interaction], slate: Slate, read: UserRead) -> None:
+        request, first = slate.request, events[0]
         shown = [self.items.ids[row] for row in slate.rows]
-        event.slate_id = request.slate_id
         offered = impression(
-            event.user_id, request.slate_id, event.ts, request.surface, shown, slate.impression().to_bytes()
+            first.user_id, request.slate_id, first.ts, request.surface, shown, slate.impression().to_bytes()
         )
-        self._fold([offered, event], read)
-        self._describe(event.item_id)
+        for event in events:
+            event.slate_id = request.slate_id
+        self._fold([offered, *events], read)
+        for event in events:
+            self._describe(event.item_id)
 
     def _fold(self, events: list[Event], read: UserRead) -> None:
         first, following = self._offset, self._offset + len(events)
@@ -190,6 +206,7 @@ def run(
     log: ReplayLog,
     *,
     exclusion: Exclusion,
+    protocol: Protocol = "line",
     seed: int = 1,
     progress: Callable[[int, Replay], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -200,16 +217,31 @@ def run(
     each = roles(log.events)
     replay = make(seed=seed, exclusion=exclusion, judging=HATED in each, catalogue=log.catalogue)
     done = 0
-    for done, (event, basket, role) in enumerate(zip(log.events, log.baskets, each, strict=True), 1):
-        if role == TARGET:
-            replay.step(event, basket, done - 1)
+    for rows in _groups(log, each, protocol):
+        first = rows[0]
+        if each[first] != TARGET:
+            replay.follow(log.events[first], first, hated=each[first] == HATED)
+        elif protocol == "basket":
+            replay.offer([log.events[i] for i in rows], rows)
         else:
-            replay.follow(event, done - 1, hated=role == HATED)
-        if progress is not None and done % 100 == 0:
+            replay.step(log.events[first], log.baskets[first], first)
+        told, done = done, done + len(rows)
+        if progress is not None and done // 100 > told // 100:
             progress(done, replay)
         if stop():
             break
     return report(log, replay.trail, replay.learner, done)
+
+
+def _groups(log: ReplayLog, each: Sequence[int], protocol: Protocol) -> Iterator[list[int]]:
+    """Yield the rows that are taken together, where the first is: one, or all targets of a user's basket."""
+    if protocol == "basket" and not any(log.baskets):
+        raise ReplayError("--protocol basket: expected rows with a basket, got none (csv: --columns basket=NAME)")
+    groups: dict[tuple[str, str] | int, list[int]] = {}
+    for i, (event, basket, role) in enumerate(zip(log.events, log.baskets, each, strict=True)):
+        together = protocol == "basket" and basket and role == TARGET
+        groups.setdefault((event.user_id, basket) if together else i, []).append(i)
+    yield from groups.values()
 
 
 def warm() -> None:

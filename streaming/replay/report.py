@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from models import metrics
 from models.decay import GRID, NAMES
 from models.learner import Learner
-from models.retrieval import CHANNELS
+from models.retrieval import CHANNELS, NOT_FOUND, QUOTAS
 from streaming.replay.logs import TARGET, ReplayError, ReplayLog, roles
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[st
     rank = np.array(trail.ranks)
     seen = ~np.isnan(rank)
     popularity = np.array(trail.popularity).reshape(-1, GRID)
-    names = {user: i for i, user in enumerate(dict.fromkeys(event.user_id for event in log.events[:done]))}
-    owners = np.array([names[event.user_id] for event in log.events[:done]])
+    until = max(done, 1 + max(trail.events, default=-1))  # baskets are taken whole, where they begin
+    names = {user: i for i, user in enumerate(dict.fromkeys(event.user_id for event in log.events[:until]))}
+    owners = np.array([names[event.user_id] for event in log.events[:until]])
     users, times = owners[trail.events], [log.events[i].ts for i in trail.events]
     alone = {name: metrics.summary(popularity[seen, h]) for h, name in enumerate(NAMES)}
     best = max(range(GRID), key=lambda h: alone[NAMES[h]]["ndcg@10"])
@@ -42,10 +43,11 @@ def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[st
     low, high = metrics.user_bootstrap(lead, users[seen], np.random.default_rng(0), draws=400)
     return {
         "events": done,
+        "slates": trail.slates,
         "users": len(names),
         "items": len({event.item_id for event in log.events[:done]}),
         "learn_us_per_event": round(1e6 * trail.learn_s / max(done, 1), 1),
-        "recommend_us_per_request": round(1e6 * trail.recommend_s / max(done, 1), 1),
+        "recommend_us_per_request": round(1e6 * trail.recommend_s / max(trail.slates, 1), 1),
         "metrics": metrics.summary(rank[seen]),
         "baseline": {"popularity": {**alone[NAMES[best]], "half_life": NAMES[best]}, "half_lives": alone},
         "lead": {"ndcg@10": float(lead.mean()) if len(lead) else 0.0, "low": low, "high": high},
@@ -55,7 +57,7 @@ def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[st
         "over_time": _over_time(times, rank, popularity[:, best]),
         "by_history_length": _by_length(rank, popularity[:, best], np.array(trail.lengths)),
         "cold_start": _cold_start(trail, rank, popularity[:, best], users),
-        "by_channel": _by_channel(rank, np.array(trail.channels)),
+        "channels": _channels(rank, np.array(trail.places).reshape(-1, len(CHANNELS))),
         "catalogue": {
             "items": len(log.catalogue.items),
             "bad_rows": log.catalogue.bad,
@@ -135,16 +137,28 @@ def _cold(rank: F64, baseline: F64, users: I64) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _by_channel(rank: F64, channels: NDArray[np.int64]) -> dict[str, dict[str, float]]:
-    """Share of the seen targets that each channel brought (the one that ranked it highest), and of the hits."""
-    seen, hit = ~np.isnan(rank), rank < 10
+def _channels(rank: F64, places: NDArray[np.uint16]) -> dict[str, dict[str, float]]:
+    """What each channel brings of the seen targets, and what would be missed without it.
+
+    recall: share of the targets in its list (as long as its quota); hit_rate@10: in the first ten of it; only_share and
+    only_hit_share: shares of all seen targets, and of the slate's hits, that no other channel brought.
+    """
+    seen = ~np.isnan(rank)
+    place, hit = places[seen], rank[seen] < 10
+    found = place != NOT_FOUND
+    alone = found & (found.sum(1) == 1)[:, None]
     return {
         name: {
-            "found_share": float((channels[seen] == c).mean()) if seen.any() else 0.0,
-            "hit_share": float((channels[hit] == c).mean()) if hit.any() else 0.0,
+            "quota": int(QUOTAS[c]),
+            "recall": _share(found[:, c]), "hit_rate@10": _share(place[:, c] < 10),
+            "only_share": _share(alone[:, c]), "only_hit_share": _share(alone[hit, c]),
         }
         for c, name in enumerate(CHANNELS)
-    }
+    }  # fmt: skip
+
+
+def _share(values: NDArray[np.bool_]) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def plot(result: dict[str, Any], path: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.examples import CodecError, Entries, HoleError, accept
-from models.items import Items
+from models.items.state import Items
 from models.rows import Rows
 
 SWEEP: Final = 1024
