@@ -88,7 +88,8 @@ class Events:
     def digest(self) -> str:
         """Return a name of these events and how they are judged."""
         told = hashlib.sha256(f"{self.protocol} {self.exclusion} {self.scale}".encode())
-        for array in (self.user, self.item, self.ts, self.value, self.label, self.basket):
+        columns = (self.user, self.item, self.ts, self.value, self.label, self.basket, self.start, self.known)
+        for array in (*columns, *self.history, *self.blocked):
             told.update(np.ascontiguousarray(array).tobytes())
         return told.hexdigest()[:16]
 
@@ -104,10 +105,12 @@ def read_events(log: ReplayLog, *, protocol: str, exclusion: str) -> Events:
     each = roles(log.events)
     rows = [i for i, role in enumerate(each) if role != FOLLOWS]
     label = [0 if each[i] == HATED else 1 for i in rows]
-    if protocol == "basket":  # lines of an invoice that others interrupt still are one invoice
-        begins: dict[str, int] = {}
-        key = [begins.setdefault(log.baskets[i], i) if log.baskets[i] else i for i in rows]
-        order = sorted(range(len(rows)), key=lambda k: (key[k], rows[k]))
+    if protocol == "basket":  # a user's lines of a basket are one group where its first is, whatever comes between
+        begins: dict[tuple[str, str], int] = {}
+        keys = [(log.events[i].user_id, log.baskets[i]) for i in rows]
+        grouped = [bool(key[1]) and y == 1 for key, y in zip(keys, label, strict=True)]
+        place = [begins.setdefault(key, i) if g else i for i, key, g in zip(rows, keys, grouped, strict=True)]
+        order = sorted(range(len(rows)), key=lambda k: (place[k], rows[k]))
         rows, label = [rows[k] for k in order], [label[k] for k in order]
     events = [log.events[i] for i in rows]
     chosen, pushed = (dict.fromkeys(e.item_id for e, y in zip(events, label, strict=True) if y == k) for k in (1, 0))
@@ -132,6 +135,7 @@ def _arranged(
     start, end = np.arange(n), np.arange(1, n + 1)
     if protocol == "basket" and n:
         same = (basket[1:] == basket[:-1]) & (user[1:] == user[:-1]) & (basket[1:] >= 0)
+        same &= (label[1:] == 1) & (label[:-1] == 1)
         begins = np.concatenate(([0], np.flatnonzero(~same) + 1))
         group = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, n)))
         start, end = begins[group], np.append(begins[1:], n)[group]

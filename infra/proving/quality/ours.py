@@ -7,6 +7,7 @@ learnt at once. Of learning: items and weights learn an entry that long after it
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final, cast
 
@@ -18,12 +19,11 @@ from models.examples import Entries
 from models.recommend import History, Slate
 from streaming.events import Interaction
 from streaming.replay.logs import ReplayLog
-from streaming.replay.prequential import Exclusion, Replay, run
+from streaming.replay.prequential import Exclusion, Protocol, Replay, run
 from streaming.state import UserRead
 
 CODE: Final = (
-    "models", "streaming/learn.py", "streaming/events.py", "streaming/state.py", "streaming/replay/prequential.py",
-    "streaming/replay/logs.py",
+    "models", "streaming/learn.py", "streaming/events.py", "streaming/state.py", "streaming/replay",
 )  # fmt: skip
 DELAYS: Final = {"0": 0.0, "1s": 1.0, "1min": 60.0, "1h": 3600.0, "6h": 21600.0, "1d": 86400.0}
 
@@ -37,28 +37,33 @@ class Delayed(Replay):
         self._now, self._user = 0.0, ""
         self._newest: dict[str, float] = {}
         self._histories: dict[str, deque[tuple[float, History]]] = {}
-        self._queue: deque[tuple[float, Entries]] = deque()
+        self._ids: list[str] = []
+        self._queue: deque[tuple[float, Entries, list[str]]] = deque()
 
-    def step(self, event: Interaction, *rest: Any, **more: Any) -> Slate:
+    def offer(self, events: Sequence[Interaction], *rest: Any, **more: Any) -> Slate:
         """Learn what is due, then as ever."""
-        self._at(event)
-        return super().step(event, *rest, **more)
+        self._at(events)
+        return super().offer(events, *rest, **more)
 
     def follow(self, event: Interaction, *rest: Any, **more: Any) -> None:
         """Learn what is due, then as ever."""
-        self._at(event)
+        self._at([event])
         super().follow(event, *rest, **more)
 
-    def _at(self, event: Interaction) -> None:
-        self._now, self._user = event.ts, event.user_id
+    def _at(self, events: Sequence[Interaction]) -> None:
+        self._now, self._user = events[0].ts, events[0].user_id
+        self._ids = [event.item_id for event in events]
         while self._queue and self._queue[0][0] <= self._now - self._learning:
-            super().learn_entries(self._queue.popleft()[1])
+            _, entries, ids = self._queue.popleft()
+            super().learn_entries(entries)
+            for item_id in ids:
+                self._describe(item_id)
 
     def learn_entries(self, entries: Entries) -> None:
         """Queue what items and weights would learn now."""
         self._newest[self._user] = self._now
         if self._learning > 0.0:
-            self._queue.append((self._now, entries))
+            self._queue.append((self._now, entries, self._ids))
         else:
             super().learn_entries(entries)
 
@@ -93,8 +98,8 @@ def run_ours(
         return made[0]
 
     report = run(
-        part, exclusion=cast(Exclusion, events.exclusion), seed=seed, make=make,
-        progress=lambda done, _: tell(done),
+        part, exclusion=cast(Exclusion, events.exclusion), protocol=cast(Protocol, events.protocol), seed=seed,
+        make=make, progress=lambda done, _: tell(done),
     )  # fmt: skip
     trail = made[0].trail
     ranks, scores = np.full(until, np.nan), np.full(until, np.nan)

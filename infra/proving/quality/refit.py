@@ -33,7 +33,7 @@ from infra.proving.quality.ranking import (
 from infra.proving.quality.reference import Reference, Result, Setup
 from streaming.replay.logs import ReplayError
 
-EASE_ITEMS: Final = 5_000
+EASE_ITEMS: Final = 4_000
 """Items of one EASE fit at most: the most chosen until then. A fit inverts a matrix of that size."""
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -366,7 +366,7 @@ REFERENCES: Final = (
         tuple({"factors": 32, "rate": r, "l2": l2} for r in (0.02, 0.1) for l2 in (0.01, 0.05)), fits=True,
     ),
     Reference(
-        "ease", "EASE, fitted anew over the 5,000 most chosen items; live history times the item matrix", run_ease,
+        "ease", "EASE, fitted anew over the 4,000 most chosen items; live history times the item matrix", run_ease,
         tuple(
             {"l2": l2, "history": h, "rows": r}
             for l2 in (20.0, 100.0, 500.0) for h in HISTORIES for r in ("user", "basket")

@@ -30,7 +30,7 @@ FROZEN_AT: Final = 0.2
 FRESHNESS_EVENTS: Final = 20_000
 FOLDER: Final = "infra/proving/quality/"
 OURS: Final = FOLDER + "ours.py"
-SHARED: Final = (FOLDER + "events.py", FOLDER + "ranking.py")
+SHARED: Final = (FOLDER + "ranking.py", FOLDER + "reference.py")
 FROZEN_POPULARITY: Final = Reference(
     "popularity_frozen", "decayed counts of the first 20 %, of the best half-life in hindsight; nothing is live",
     online.run_popularity, ({},), frozen=True, hindsight=True,
@@ -54,10 +54,11 @@ class Bench:
     cache: Cache
     advance: Advance
     seed: int = 1
+    digest: str = ""
 
     def on(self, **more: Any) -> dict[str, Any]:
         """Return what a result of these events depends on."""
-        return {"events": self.events.digest(), "seed": self.seed, **more}
+        return {"events": self.digest, "seed": self.seed, **more}
 
 
 def names(chosen: list[str] | None, events: Events) -> list[str]:
@@ -83,7 +84,7 @@ def bench(
     for code in (*(code for _, code in REFERENCES.values()), ours.CODE, (*ours.CODE, OURS)):
         code_of(*code)  # now: an edit while this runs is none of what runs
     events = read_events(log, protocol=protocol, exclusion=exclusion)
-    state = Bench(log, events, Cache(folder), advance, seed)
+    state = Bench(log, events, Cache(folder), advance, seed, events.digest())
     report: dict[str, Any] = {
         "protocol": protocol, "exclusion": exclusion, "events": len(events), "targets": int((events.label == 1).sum()),
         "counted": int(events.counted.sum()), "users": events.users, "items": events.items,
@@ -156,7 +157,7 @@ def run_reference(state: Bench, name: str) -> tuple[Result, dict[str, Any]]:
     base = state.on(code=code_of(*code), half_life=None if method.hindsight else fallback(state))
     tuning = tune(state, name)
     since = int(events.start[int(len(events) * FROZEN_AT)]) if method.frozen else 0
-    on = {**base, "chosen": tuning["chosen"], "frozen": method.frozen, "tuned_on": TUNED_ON}
+    on = {**base, "chosen": tuning["chosen"], "from": since, "fits": schedule(events)[1] if method.fits else ""}
     found = state.cache.load(name, on)
     if found is None:
         fits, _ = schedule(events)
@@ -262,7 +263,7 @@ def run_ours(state: Bench) -> tuple[Result, dict[str, Any]]:
 def freshness_curve(state: Bench, limit: int) -> dict[str, Any]:
     """Return ours with the reading of user state, and with learning, held back by each delay, on the first events."""
     part = state.events.head(limit)
-    whole = replace(state, events=part, advance=state.advance)
+    whole = replace(state, events=part, digest=part.digest())
     out: dict[str, Any] = {"events": len(part), "user_state": {}, "learning": {}}
     none: Result | None = None
     for what in ("user_state", "learning"):

@@ -23,7 +23,7 @@ def quality_verb(
     if data is None:
         raise ReplayError("bench quality: expected a log to rank, got none; name it: --data PATH --format FORMAT")
     log = read_log(data, form, parse_columns(columns), limit)
-    exclusion = exclude or ("none" if protocol == "basket" else EXCLUSIONS[form])
+    exclusion = exclude or EXCLUSIONS.get(form, "none")
     chosen = [name.strip() for name in only.split(",") if name.strip()]
     screen = console(err=True)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
