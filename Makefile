@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
 		&& $(UV) --torch-backend=cpu --editable '.[dev]'; then :; \
 	else echo "make: no CPU-only torch to be had, taking the one of the plain index"; $(UV) --editable '.[dev]'; fi
 	@echo "make: compiling the kernels once"
-	@$(BIN)/python -c 'import serving.app, streaming.replay.prequential, streaming.worker, streaming.trainer as t; serving.app.warm(); streaming.replay.prequential.warm(); streaming.worker.warm(); t.warm()'
+	@$(BIN)/python -c 'import serving.app, streaming.replay.prequential, streaming.worker, streaming.training.process as t; serving.app.warm(); streaming.replay.prequential.warm(); streaming.worker.warm(); t.warm()'
 	@touch $@
 
 demo: install  ## start everything, let simulated users arrive, print the page's address

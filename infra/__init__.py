@@ -14,7 +14,7 @@ Files, the lowest first:
     replaying_live   the same log through a private stack
     access           `freshet keys` in the terminal
     recovering       `freshet rebuild`, `generation` and `snapshot` in the terminal
-    inspecting       `freshet dead-letters` in the terminal
+    inspecting       `freshet dead-letters` and `models` in the terminal
     proving/         bench: what measures and proves the rest
     terminal         how the command line speaks: shared options, errors, JSON
     cli              the console command: imports everything else, lazily

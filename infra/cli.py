@@ -320,7 +320,7 @@ def worker(
 def learner(data: Data = None) -> None:
     """Run the learner: the one process that trains, on one torch thread, until SIGTERM."""
     settings = _process_settings(data)
-    from streaming.trainer import run
+    from streaming.training.process import run
 
     run(settings)
 

@@ -257,10 +257,16 @@ def generation_switch(number: Number, data: Data = None, as_json: Json = False) 
 
 @generation.command("drop")
 def generation_drop(number: Number, data: Data = None, as_json: Json = False) -> None:
-    """Delete a generation that is not served; the logs are not touched."""
-    from streaming.recovery.generations import drop
+    """Delete a generation that is not served, its model versions too; the logs are not touched."""
+    import shutil
 
-    _on_redis(Settings.load(data), lambda s, client: drop(client, s.namespace, number, s.partitions))
+    from streaming.recovery.generations import drop
+    from streaming.state import Keys
+    from streaming.training.versions import home
+
+    chosen = Settings.load(data)
+    _on_redis(chosen, lambda s, client: drop(client, s.namespace, number, s.partitions))
+    shutil.rmtree(home(chosen, Keys(chosen.namespace, number)), ignore_errors=True)
     if as_json:
         show_json({"dropped": number})
     else:

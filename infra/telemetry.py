@@ -66,6 +66,10 @@ REDIS_BYTES = Series(
 )  # fmt: skip
 KEPT = Series("freshet_kept", "gauge", "Users, items with behaviour and learnt items that Redis keeps.", ("what",))
 KEPT_BOUND = Series("freshet_kept_bound", "gauge", "How many of them may be kept (max_users, max_items).", ("what",))
+MODEL_STEP = Series(
+    "freshet_model_step", "gauge", "Step of the weights: served, learnt, newest version, pinned (0: none).", ("what",)
+)  # fmt: skip
+MODEL_REFUSED = Series("freshet_model_refused", "gauge", "Steps and versions that the learner's guard refused.")
 BAD = Series("freshet_snapshot_bad", "gauge", "Values in Redis that this process cannot read and leaves out.")
 UNREADABLE = Series(
     "freshet_profiles_unreadable_total", "counter", "Reads of a profile whose bytes no codec here reads."

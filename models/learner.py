@@ -120,6 +120,10 @@ class Learner:
         for _ in self._join(self._apart(entries), origin):
             pass
 
+    def take_over(self, other: Learner) -> None:
+        """Go on with another's join window and stream time, which follow from the log alone: weights went back."""
+        self.window, self.stream_time = other.window, other.stream_time
+
     def _apart(self, entries: Entries) -> Entries:
         """Leave out entries whose id is not that of the row their hash names: the item agent dead-letters them."""
         named, collided = dict[int, int](), list[int]()

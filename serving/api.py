@@ -100,7 +100,7 @@ def _own(parts: Parts) -> list[Door]:
         door("/metrics", introspect.metrics, "Prometheus series", answer=None, media="text/plain"),
         door("/-/settings", introspect.settings, "Every setting, secrets masked", answer=list[dict[str, Any]]),
         door("/-/topics", introspect.topics, "Topics, partitions, end offsets", problems=(503,)),
-        door("/-/models", introspect.models, "Model step and readable weights"),
+        door("/-/models", introspect.models, "Versions, what is served, what was refused, readable weights"),
         door("/-/state", introspect.state, "Positions, feeds, buffers, what is degraded"),
         door("/-/state/{user_id:path}", introspect.user_state, "Where a user's state lies and how far it is folded",
              problems=(422, 503)),

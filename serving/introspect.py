@@ -22,6 +22,8 @@ from infra.telemetry import (
     KEPT,
     KEPT_BOUND,
     LOOP_DELAY,
+    MODEL_REFUSED,
+    MODEL_STEP,
     PROCESS_BYTES,
     REDIS_BYTES,
     SNAPSHOT_POSITION,
@@ -78,6 +80,7 @@ async def metrics(parts: Parts, request: Request) -> Response:
     if parts.dead_letters is not None:
         telemetry.set(DEAD_LETTERS, parts.dead_letters)
     await _set_sizes(parts)
+    await _set_versions(parts)
     telemetry.set(LOOP_DELAY, parts.overload.delay_s)
     for fold, behind in parts.overload.lag.items():
         telemetry.set(FOLD_LAG, behind, fold=fold)
@@ -99,6 +102,18 @@ async def _set_sizes(parts: Parts) -> None:
     for what, count in {"users": sizes.users, "items": sizes.items, "learnt": sizes.learnt}.items():
         telemetry.set(KEPT, count, what=what)
         telemetry.set(KEPT_BOUND, bounds[what], what=what)
+
+
+async def _set_versions(parts: Parts) -> None:
+    """Put into the gauges which weights are served, and what the learner's guard refused."""
+    telemetry, told = parts.telemetry, await parts.snapshot.versions()
+    telemetry.set(MODEL_STEP, parts.snapshot.live.model.step, what="served")
+    if told:
+        published = [about["version"] for about in told["versions"] if not about["refused"]]
+        telemetry.set(MODEL_STEP, told["learnt"]["step"], what="learnt")
+        telemetry.set(MODEL_STEP, max(published, default=0), what="version")
+        telemetry.set(MODEL_STEP, told["pinned"] or 0, what="pinned")
+        telemetry.set(MODEL_REFUSED, told["refused"])
 
 
 async def settings(parts: Parts, request: Request) -> Response:
@@ -124,13 +139,14 @@ async def topics(parts: Parts, request: Request) -> Response:
 
 
 async def models(parts: Parts, request: Request) -> Response:
-    """GET /-/models: step, position, and the weights that a person can read."""
+    """GET /-/models: what is served, the versions, what was refused, and the weights that a person can read."""
     model = parts.snapshot.live.model
     ranker = model.ranker
     return json_response(
         {
             "step": model.step,
             "position": parts.snapshot.live.model_position,
+            **await parts.snapshot.versions(),
             "prior_mixture": dict(zip(NAMES, np.round(model.mixture, 5).tolist(), strict=True)),
             "ranker": {
                 name: {"weight": round(w, 5), "mean": round(m, 5), "variance": round(v, 5)}

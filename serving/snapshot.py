@@ -18,9 +18,10 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from models.examples import CodecError, item_hash
-from models.factors import ROW
+from models.factors import ROW, read_rows
 from models.factors import sound as sound_vectors
 from models.items import CatalogueItem, Items
 from models.items import sound as sound_items
@@ -53,6 +54,7 @@ MAX_PENDING: Final = 64
 SERVED_FORM: Final = 1
 """Form of the model rows in the feed; Redis holds the learner's."""
 SIZES_S: Final = 10.0
+VERSIONS_S: Final = 1.0
 POINTER_S: Final = 1.0
 BACK_OFF_S: Final = (0.05, 2.0)
 _LAST_SEQUENCE: Final = 2**64 - 1
@@ -126,7 +128,9 @@ class Live:
 
     def set_vectors(self, keys: Sequence[int], values: Sequence[bytes], *, form: int) -> None:
         """Write packed model rows of one form; what is none is left out and noted."""
-        good, blobs, wrong = sound_vectors(keys, values, STATE_ROW if form == STATE_FORM else ROW, form=form)
+        dtype = STATE_ROW if form == STATE_FORM else ROW
+        good, blobs, wrong = sound_vectors(keys, values, dtype, form=form)
+        good, blobs, wrong = _finite(good, blobs, wrong, read_rows(blobs, dtype, form=form))
         self._note("model row", keys, good, wrong)
         self.model.load_rows(np.asarray(good, np.uint64), blobs)
 
@@ -157,6 +161,18 @@ class Live:
         if wrong:
             sound = set(good)
             self.bad.update(zip(((kind, key) for key in keys if key not in sound), wrong, strict=False))
+
+
+def _finite(
+    keys: list[int], blobs: list[bytes], wrong: list[str], values: NDArray[Any]
+) -> tuple[list[int], list[bytes], list[str]]:
+    """Leave out vectors that are not finite: one of them would spoil every score it is part of."""
+    fine = np.isfinite(values["vector"]).all(1) & np.isfinite(values["bias"])
+    if fine.all():
+        return keys, blobs, wrong
+    bad = [f"model row {key:016x}: its vector is not finite" for key, good in zip(keys, fine, strict=True) if not good]
+    kept = np.flatnonzero(fine).tolist()
+    return [keys[i] for i in kept], [blobs[i] for i in kept], wrong + bad
 
 
 def _is_next(name: str, delta: Delta, position: int) -> bool:
@@ -191,6 +207,7 @@ class Snapshot:
         self.reloads = 0
         self._reason = "not loaded yet"
         self._sizes, self._resident, self._sized_at = Sizes(), dict[str, float](), -SIZES_S
+        self._told, self._told_at = dict[str, Any](), -VERSIONS_S
         self._task: asyncio.Task[None] | None = None
         self._over, self._stopping = asyncio.Event(), False
         self._use(Keys(namespace))
@@ -261,6 +278,17 @@ class Snapshot:
         """Read points of a learning curve after an id, or its newest `count` for "-"; raises what Redis raises."""
         return await read_metrics(self._feeds, self.keys.metrics(name), after=after, count=count)
 
+    async def versions(self) -> dict[str, Any]:
+        """Return the learner's versions, which one is pinned, its latest notes; at most 1 s old, or as last told.
+
+        {versions: oldest first, pinned: number or None, refused: how many steps and versions, notes: oldest first}.
+        """
+        if time.monotonic() - self._told_at > VERSIONS_S:
+            self._told_at = time.monotonic()
+            with contextlib.suppress(StoreError, *StoreUnavailable):
+                self._told = await told_versions(self._models)
+        return self._told
+
     async def sizes(self, partitions: int) -> tuple[Sizes, dict[str, float]]:
         """Return what Redis holds and the memory of workers and learner, MB, as they last told; at most 10 s old."""
         if time.monotonic() - self._sized_at > SIZES_S:
@@ -317,8 +345,8 @@ class Snapshot:
             live.read("totals", live.items.load_totals, totals)
         live.items_position = int(head.get("next", 0))
         live.catalogue_position = int(head.get("catalogue", 0))
-        head, rows = await self._models.load(wrong)
-        await _in_pieces(rows, partial(live.set_vectors, form=STATE_FORM))
+        head, rows, pinned = await self._models.load_served(wrong)
+        await _in_pieces(rows, partial(live.set_vectors, form=SERVED_FORM if pinned else STATE_FORM))
         if dense := head.get("dense"):
             live.read("weights", live.model.load_dense, dense)
         live.model_position = int(head.get("next", 0))
@@ -393,6 +421,18 @@ class Snapshot:
                       "catalogue_position": live.catalogue_position, "feed": _feed_state(self.item_feed)},
             "model": {"step": live.model.step, "position": live.model_position, "feed": _feed_state(self.model_feed)},
         }  # fmt: skip
+
+
+async def told_versions(store: ModelStore) -> dict[str, Any]:
+    """Return what Redis says of the learner's versions, see `Snapshot.versions`; raises what Redis raises."""
+    found = sorted((msgspec.json.decode(about) for about in await store.versions()), key=lambda about: about["version"])
+    names = ("pin", "refused", "notes", "step", "next")
+    pin, refused, notes, step, following = await store.client.hmget(store.head_key, names)
+    return {
+        "versions": [{**about, "identity": f"{about['identity']:016x}"} for about in found],
+        "pinned": int(pin or 0) or None, "refused": int(refused or 0), "notes": msgspec.json.decode(notes or b"[]"),
+        "learnt": {"step": int(step or 0), "next": int(following or 0)},
+    }  # fmt: skip
 
 
 async def _ending(follow: Callable[[asyncio.Event], Awaitable[None]], over: asyncio.Event) -> None:

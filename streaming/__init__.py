@@ -15,7 +15,8 @@ Files in the order in which one event travels through them:
     state        Redis keys, reads and atomic commits; the only importer of redis
     sizes        how much Redis holds, by kind
     feeds        what changed, told to those who hold rows in memory
-    trainer      the learner process
+    trainer      the learner between `examples` and its state: steps, going back, controls
+    training/    what it needs: the process, logged steps, versions, control records, the guard
     dead_letters  what could not be folded, each once
     replay/      a real log through the very code that runs live
     rebuild      the same state again, beside the served one

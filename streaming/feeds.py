@@ -1,7 +1,7 @@
 """Feeds: one bounded Redis Stream per writer that tells readers which rows changed (DESIGN section 3, rule 10).
 
-A delta carries absolute values for the positions [first, next) of `examples`. Knows nothing about what rows mean, and
-nothing of Redis but the commands of Streams.
+A delta carries absolute values for the positions [first, next) of `examples`. Learning curves are Streams too. Knows
+nothing about what rows mean, and nothing of Redis but the commands of Streams.
 """
 
 from __future__ import annotations
@@ -117,3 +117,19 @@ class Feed:
             length = await self._client.xlen(self._key)
             keep = max(1, int(length * 0.75 * self._limit / used))
             await self._client.xtrim(self._key, maxlen=keep, approximate=False)
+
+
+async def append_metrics(client: Any, key: str, fields: Mapping[str, Any], *, keep: int = 3600) -> None:
+    """Append a point to a learning curve that keeps about the last `keep` points."""
+    await client.xadd(key, dict(fields), maxlen=keep, approximate=True)
+
+
+async def read_metrics(
+    client: Any, key: str, *, after: str = "-", count: int = 600
+) -> list[tuple[str, dict[str, str]]]:
+    """Return points of a learning curve after an id (exclusive), or its newest `count` for "-"."""
+    if after == "-":
+        entries = list(reversed(await client.xrevrange(key, count=count)))
+    else:
+        entries = await client.xrange(key, min=f"({after}", count=count)
+    return [(i.decode(), {k.decode(): v.decode() for k, v in fields.items()}) for i, fields in entries]

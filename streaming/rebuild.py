@@ -29,6 +29,7 @@ from streaming.recovery.snapshots import Manifest, base_for, check, find, load_w
 from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, connect, live_keys, read_metrics
 from streaming.topics import Topics, end_offsets, epoch, moved, preflight, topics_of
 from streaming.trainer import Trainer
+from streaming.training.versions import carry, read_list
 
 QUIET_S: Final = 4.0
 """A worker that appended no figures for so long does not run, s."""
@@ -103,7 +104,12 @@ async def rebuild(
             else:
                 head, rows = await served.load()
                 model = MemoryModel(head, dict(rows))
+                model.line = {about.identity for about in await read_list(served)}
                 report.notes.append(f"weights copied from the served generation as they are, at step {model.step}")
+            carry(settings, served.keys, keys, model.line)
+            if (pin := int(model.kept.get("pin", 0))) and not await _copy_pinned(served, ModelStore(client, keys), pin):
+                model.kept["pin"] = b"0"
+                report.notes.append(f"version {pin} is not pinned any more: no copy of it is served now")
             await write_model(client, settings, keys, model)
             report.weights_s = time.monotonic() - began - report.fold_s
             if switch:
@@ -176,8 +182,21 @@ async def _learn(
         report.notes.append(f"weights left at step {model.step}: the later steps in `steps` do not go back to it")
         line = []
     await lineage.follow(settings, model, line, advance, ground, first=begin.examples)
+    model.line = {step.identity for step in line} | {step.back for step in line}
     report.steps = model.step
     return model
+
+
+async def _copy_pinned(served: ModelStore, to: ModelStore, pin: int) -> bool:
+    """Copy what serving needs of a pinned version into another generation; False where there is none."""
+    head, rows = await served.pinned(pin).load()
+    if head.get("next") != b"1":
+        return False
+    for first in range(0, max(1, len(rows)), 1000):
+        chunk, last = rows[first : first + 1000], first + 1000 >= len(rows)
+        parts = {"keys": [key for key, _ in chunk], "values": [value for _, value in chunk]}
+        await to.pinned(pin).commit(expected=0, head=head if last else {"next": b"0"}, **parts)  # type: ignore[arg-type]
+    return True
 
 
 async def _catch_up(halves: Folding, client: Redis, keys: Keys, ground: str, stamp: str) -> None:
@@ -286,9 +305,13 @@ async def _compare_weights(
     if line is None:
         return [f"weights: step {stored.step} does not go back to {f'step {model.step}' if base else 'the beginning'}"
                 " along topic `steps`"]  # fmt: skip
-    await lineage.follow(settings, model, line, advance, head.get("cluster", b"").decode(), first=begin.examples)
+    states, ground = lineage.States(settings, line), head.get("cluster", b"").decode()
+    await lineage.follow(settings, model, line, advance, ground, first=begin.examples, states=states)
     report.steps = model.step
     named, widest = lineage.difference(stored, model)
+    if pin := int(head.get("pin", 0)):
+        found, note = await lineage.pinned_difference(store, pin, line, states)
+        named, report.notes = named + found, report.notes + note
     if widest and not named:
         report.notes.append(f"weights equal within {widest:.1g}, not bit for bit: another CPU or torch build")
     return named

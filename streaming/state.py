@@ -22,6 +22,8 @@ Values are bytes that the codecs in models/ wrote; this module moves them, atomi
 | `fr@1:{model}:head` | hash: next, step, dense weights, window, lineage | learner |
 | `fr@1:{model}:feed` | stream of deltas, a `step` entry ends each step | learner |
 | `fr@1:{model}:faults` | as of the items | learner |
+| `fr@1:{model}:versions` | hash: number -> what is known of a version; its bytes are a file | learner |
+| `fr@1:{model}:pinned:<version>` | of a pinned version what serving needs; its rows: `...:<bucket>` | learner |
 | `fr@1:metrics:<name>` | stream of learning curves, bounded | the process it is named after |
 """
 
@@ -45,8 +47,10 @@ from redis.retry import Retry
 
 from streaming.feeds import Delta as Delta
 from streaming.feeds import Feed
+from streaming.feeds import append_metrics as append_metrics
 from streaming.feeds import feed_top as feed_top
 from streaming.feeds import read_feed as read_feed
+from streaming.feeds import read_metrics as read_metrics
 from streaming.users.memory import LEAVING
 from streaming.users.memory import MemoryUserStore as MemoryUserStore
 from streaming.users.memory import UserRead as UserRead
@@ -225,6 +229,15 @@ class Keys:
     def model_feed(self) -> str:
         """Deltas of learnt rows and weights."""
         return f"{self.prefix}:{{model}}:feed"
+
+    @property
+    def model_versions(self) -> str:
+        """The learner's versions, by number."""
+        return f"{self.prefix}:{{model}}:versions"
+
+    def model_pinned(self, version: int) -> str:
+        """The dense weights of a version that is pinned; its rows follow under `<this>:<bucket>`."""
+        return f"{self.prefix}:{{model}}:pinned:{version}"
 
     def metrics(self, name: str) -> str:
         """Learning curve of a process."""
@@ -453,6 +466,10 @@ class RowStore:
         """Append a delta to the feed; False where the feed is already beyond it."""
         return await self._feed.publish(delta)
 
+    async def wipe(self) -> None:
+        """Delete head and rows."""
+        await self.client.unlink(self.head_key, *(self._rows(bucket) for bucket in range(BUCKETS)))
+
 
 class ItemStore(RowStore):
     """Item rows, catalogue and feed."""
@@ -487,11 +504,33 @@ class ItemStore(RowStore):
 
 
 class ModelStore(RowStore):
-    """Learnt rows with optimiser state, dense weights in the head, and the feed that serving reads."""
+    """Learnt rows with optimiser state, dense weights in the head, the feed that serving reads, and its versions."""
 
     def __init__(self, client: Redis, keys: Keys, feed_bytes: int = 64 << 20) -> None:
         super().__init__(client, keys.model_head, keys.model_rows, keys.model_feed, feed_bytes)
         self.keys = keys
+
+    def pinned(self, version: int) -> RowStore:
+        """Return where the copy of a pinned version lies: rows as serving reads them."""
+        head = self.keys.model_pinned(version)
+        return RowStore(self.client, head, lambda bucket: f"{head}:{bucket}", self.keys.model_feed)
+
+    async def load_served(self, bad: list[str]) -> tuple[dict[str, bytes], list[tuple[int, bytes]], bool]:
+        """Return (head, rows, whether they are a pinned version's copy) of what is to be served; `bad`: as load."""
+        while True:
+            pin, wrong = int(await self.client.hget(self.head_key, "pin") or 0), list[str]()
+            copy, rows = await self.pinned(pin).load(wrong) if pin else ({}, [])
+            if pinned := copy.get("next") == b"1":
+                head = await self.head() | {"dense": copy["dense"]}
+            else:
+                head, rows = await self.load(wrong)
+            if int(head.get("pin", 0)) == pin:
+                bad += wrong
+                return head, rows, pinned
+
+    async def versions(self) -> list[bytes]:
+        """Return what is known of each version (JSON)."""
+        return list((await self.client.hgetall(self.keys.model_versions)).values())
 
     async def publish_step(
         self, *, step: int, first: int, following: int, keys: Sequence[int], vectors: Sequence[bytes], dense: bytes,
@@ -507,19 +546,3 @@ class ModelStore(RowStore):
             await self.publish(Delta("vectors", first, following, keys[at:last], vectors[at:last], step=step))
             at, parts = last, parts + 1
         await self.publish(Delta("step", first, following, (), (), dense, step, gone, parts))
-
-
-async def append_metrics(client: Redis, key: str, fields: Mapping[str, Any], *, keep: int = 3600) -> None:
-    """Append a point to a learning curve that keeps about the last `keep` points."""
-    await client.xadd(key, dict(fields), maxlen=keep, approximate=True)
-
-
-async def read_metrics(
-    client: Redis, key: str, *, after: str = "-", count: int = 600
-) -> list[tuple[str, dict[str, str]]]:
-    """Return points of a learning curve after an id (exclusive), or its newest `count` for "-"."""
-    if after == "-":
-        entries = list(reversed(await client.xrevrange(key, count=count)))
-    else:
-        entries = await client.xrange(key, min=f"({after}", count=count)
-    return [(i.decode(), {k.decode(): v.decode() for k, v in fields.items()}) for i, fields in entries]

@@ -1,58 +1,41 @@
-"""The learner process: follows `examples`, trains in micro-batches, commits a step about once a second.
+"""The learner between `examples` and the store: learns in micro-batches, commits steps, refuses bad ones, obeys.
 
 A step is one transaction: changed rows with optimiser state, dense weights, next offset (DESIGN section 3, rule 8).
-Then its record goes to topic `steps` and its rows to the model's feed. After any crash it goes on exactly: state and
-position come from one commit, the join window is filled again from the records that the oldest held slate came with.
-How learning works is in models/learner.py.
+After any crash it goes on exactly: state and position come from one commit, the join window is filled again from the
+records that the oldest held slate came with. What it does beside learning is a step of its own that learns nothing: a
+control record obeyed at its offset, a step refused by the guard, whose records then passed through the join window
+only. Each says in its record where the weights came from, so a recomputation along the log needs no judgement.
+How learning works is in models/learner.py; the process around this in streaming/training/process.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import signal
-import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NoReturn, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
-import xxhash
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 
-from infra.settings import Settings
-from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, mark_ready, resident_mb
-from models.examples import ENTERS, CodecError, Entries, HoleError, accept, concatenate
-from models.factors import sound
+from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
+from models.examples import CodecError, Entries, HoleError, accept, concatenate
+from models.factors import sound, unpack_named
 from models.learner import Learned, Learner, Origin
-from models.model import STATE_FORM, STATE_ROW
-from models.rows import Rows
-from streaming.dead_letters import DeadLetters
-from streaming.kafka.ground import HOLE, TRIMMED, Ground, GroundError, arrive
-from streaming.kafka.reading import Reading
-from streaming.learn import Dead
-from streaming.recovery.generations import moved
-from streaming.state import (
-    Fault,
-    Keys,
-    ModelStore,
-    StoredBytesError,
-    StoreUnavailable,
-    append_metrics,
-    connect,
-    live_keys,
-    persist,
-)
-from streaming.supervision import TRIES, last_lines, leave
-from streaming.topics import Ends, Log, Topics, TopicsError, client_options
+from models.model import STATE_FORM, STATE_ROW, Model
+from models.rows import LEARNT, Rows
+from streaming.kafka.ground import HOLE
+from streaming.state import Fault, Keys, StoredBytesError, persist
+from streaming.supervision import TRIES
+from streaming.training.controls import VERBS, Control, control_in
+from streaming.training.guard import Guard, means, unsound
+from streaming.training.steps import StepRecord as StepRecord
+from streaming.training.versions import EVERY_EXAMPLES, EVERY_S, PIECE, Checkpoint, Version, VersionError, Versions
 
 log = logging.getLogger(__name__)
 
 MICRO_BATCH: Final = 64
-MICRO_BATCH_S: Final = 0.05
-STEP_S: Final = 1.0
+NOTES: Final = 16
+"""Steps that learnt nothing which the head tells of."""
 
 
 class TrainerError(RuntimeError):
@@ -84,32 +67,25 @@ class LearntStore(Protocol):
         """Tell readers of a step."""
 
 
-class StepRecord(msgspec.Struct, array_like=True):
-    """One record of topic `steps`: what a recomputation needs beside `examples`.
+class State(NamedTuple):
+    """What a step left: packed rows by item hash, the learner's dense state, and the step's identity."""
 
-    Entries of the records first:next, duplicates dropped, were learnt in micro-batches of these sizes; `seed` is the
-    negatives' seed of the first one (later ones follow from their own first positions). `before` is the identity of
-    the parent, 0 at the beginning; `generation` is the one whose learner took the step (version 1 wrote neither).
-    `gone` items left at its end; the records at the offsets `skipped` were not learnt, for that raised three times.
+    rows: Mapping[int, bytes]
+    dense: bytes
+    identity: int = 0
+
+
+class Told(NamedTuple):
+    """What serving is told of a step: vectors of these items, those it is to forget, weights; `step` names them.
+
+    Without weights: the learner's own, of these items.
     """
 
+    keys: Sequence[int]
+    vectors: Sequence[bytes]
+    gone: Sequence[int]
+    dense: bytes
     step: int
-    parent: int
-    first: int
-    next: int
-    sizes: list[int]
-    seed: int
-    v: int = 1
-    before: int = 0
-    generation: int = 0
-    gone: int = 0
-    skipped: list[int] = []
-
-    @property
-    def identity(self) -> int:
-        """Name of the weights after this step, u64: it follows from the parent's and from this step's own cut."""
-        cut = (self.before, self.step, self.first, self.next, self.sizes, self.seed, self.gone, self.skipped)
-        return xxhash.xxh3_64_intdigest(msgspec.msgpack.encode(cut)) or 1
 
 
 class LearningError(RuntimeError):
@@ -123,21 +99,32 @@ class LearningError(RuntimeError):
 class Trainer:
     """A learner between `examples` and the store: position, marks, the step under way.
 
-    learn(records) any number of times, then step() commits what they changed; load() at the start.
+    learn(records) any number of times, then step() commits what they changed; load() at the start. Without `versions`
+    none are kept: there is nothing to go back to but the parent, and controls are not obeyed.
     """
 
-    def __init__(self, *, store: LearntStore, cluster: str = "", seed: int = 1, most: int = 1_000_000) -> None:
-        self._store, self._cluster, self._seed, self._most = store, cluster, seed, most
+    def __init__(
+        self, *, store: LearntStore, cluster: str = "", seed: int = 1, most: int = 1_000_000,
+        versions: Versions | None = None,
+    ) -> None:  # fmt: skip
+        self._store, self._cluster, self._seed, self._most, self._versions = store, cluster, seed, most, versions
         self.learner = Learner(rows=Rows(), seed=seed)
         self.marks: dict[int, int] = {}
-        self.next = self.committed = 0
+        self.next = self.committed = self.steps = 0
         self.window: Origin | None = None
         self.last_record = self.last_value = b""
-        self.totals = Learned()
+        self.totals, self.done, self.since = Learned(), Learned(), Learned()
+        """What was learnt since the last step, in the last step, since the last version."""
         self.skip: set[int] = set()
         """Offsets of records that are not learnt."""
         self.careful: list[tuple[int, int]] = []
         """Ranges [first, next) whose records are learnt one by one, to find the one that raises."""
+        self.control: Control | None = None
+        """The control in the record at `next`; nothing is learnt before `step` has obeyed it."""
+        self.pin = self.parent = self.refused = 0
+        self.made, self.asked = 0.0, False
+        self.guard, self.suspicion = Guard(), ""
+        self.notes: list[dict[str, Any]] = []
         self._sizes: list[int] = []
         self._step_seed = 0
 
@@ -147,22 +134,45 @@ class Trainer:
         self.stored_epoch = head.get("cluster", b"").decode()
         self.learner = Learner(rows=Rows(), seed=self._seed)
         names = self._store.keys
-        _, _, bad = sound([key for key, _ in rows], [value for _, value in rows], STATE_ROW, form=STATE_FORM)
+        keys, values = [key for key, _ in rows], [value for _, value in rows]
+        _, _, bad = sound(keys, values, STATE_ROW, form=STATE_FORM)
         if bad:
             bucket = int(bad[0].split()[2].rstrip(":"), 16) & 0xFF
             raise StoredBytesError(names.model_rows(bucket), f"{bad[0]} ({len(bad)} such)")
         try:
+            self._load_head(head)
+            if self._versions is not None:
+                await self._load_versions(self._versions)
+            self.suspicion = unsound(values, head.get("dense", b""))
+            if self.suspicion and (self._versions is None or not self._versions.kept):
+                raise StoredBytesError(names.model_head, f"{self.suspicion}, and there is no version to go back to")
+            if self.suspicion:  # what is learnt from here on is thrown away by the next step, which goes back
+                log.error("weights: in Redis, %s: the next step goes back to a version", self.suspicion)
+                self.learner.stream_time = float(unpack_named(head["dense"])["stream_time"])
+                return
             if rows:
-                self.learner.load_state(np.array([key for key, _ in rows], np.uint64), [value for _, value in rows])
+                self.learner.load_state(np.array(keys, np.uint64), values)
             if "dense" in head:
                 self.learner.load_dense(head["dense"])
-            self.marks = msgspec.json.decode(head.get("marks", b"{}"), type=dict[int, int])
-            self.next = self.committed = int(head.get("next", 0))
-            self.window = _unpack_origin(head.get("window", b""))
-            self.last_record = head.get("record", b"")
-            _ = self.lineage
-        except (CodecError, ValueError, msgspec.MsgspecError) as error:
+        except (CodecError, ValueError, KeyError, msgspec.MsgspecError) as error:
             raise StoredBytesError(names.model_head, f"its fields are not those of a head ({error})") from error
+
+    def _load_head(self, head: Mapping[str, bytes]) -> None:
+        self.marks = msgspec.json.decode(head.get("marks", b"{}"), type=dict[int, int])
+        self.next = self.committed = int(head.get("next", 0))
+        self.window = _unpack_origin(head.get("window", b""))
+        self.last_record = head.get("record", b"")
+        self.steps, self.pin, self.parent, self.refused = (
+            int(head.get(name, 0)) for name in ("step", "pin", "version", "refused")
+        )
+        self.notes = msgspec.json.decode(head.get("notes", b"[]"), type=list[dict[str, Any]])
+        _ = self.lineage
+
+    async def _load_versions(self, versions: Versions) -> None:
+        await persist("versions", lambda: versions.load(self.steps, self.pin))
+        for about in versions.kept:
+            self.made = about.made
+            self.guard.accept(about.metrics)
 
     def suspect(self, faults: Mapping[int, Fault]) -> None:
         """Take over what raised before: records to skip, and ranges to be careful with."""
@@ -182,7 +192,7 @@ class Trainer:
         """Let a record below `next` pass through the join window only."""
         origin = self._origin(offset)
         entries = self._accept(offset, value)
-        if entries is not None:
+        if entries is not None and control_in(entries) is None:
             self.learner.refill(entries, origin)
 
     def end_refill(self) -> None:
@@ -193,11 +203,12 @@ class Trainer:
     def learn(self, records: Sequence[tuple[int, bytes]]) -> None:
         """Learn records (offset, value) of `examples`, in order, as micro-batches of at most 64 entries.
 
+        Stops before a control record, which then is in `control`: what follows must be given again after `step`.
         Raises LearningError where learning itself fails, TrainerError at a gap.
         """
         fresh = [(offset, value) for offset, value in records if offset >= self.next]
         at = 0
-        while at < len(fresh):
+        while at < len(fresh) and self.control is None:
             last = at + 1
             while last < len(fresh) and not (self._suspect(fresh[at][0]) or self._suspect(fresh[last][0])):
                 last += 1
@@ -221,6 +232,9 @@ class Trainer:
                 raise TrainerError(EXIT_AGAIN, f"examples: expected offset {self.next}, got {offset}")
             self.last_value = value
             entries = self._accept(offset, value)
+            if entries is not None and (control := control_in(entries)) is not None:
+                self.control = control
+                break
             self.next = offset + 1
             if entries is not None and len(entries):
                 parts.append(entries)
@@ -235,20 +249,24 @@ class Trainer:
         if not self._sizes:
             self._step_seed = self.learner.step_seed(part)
         self._sizes.append(len(part))
-        learned = self.learner.learn(part, origin)
-        for name in Learned.__slots__:
-            setattr(self.totals, name, getattr(self.totals, name) + getattr(learned, name))
+        _add(self.totals, self.learner.learn(part, origin))
 
     def retrace(self, records: Sequence[tuple[int, bytes]], sizes: Sequence[int], skipped: Sequence[int] = ()) -> None:
-        """Learn the records of one logged step, cut as they were cut then; `step` commits it."""
+        """Learn the records of one logged step, cut as they were cut then; `step` commits it.
+
+        Without sizes nothing was learnt: they pass through the join window.
+        """
         origin, parts = self._origin(self.next), []
         self.skip.update(skipped)
         for offset, value in records:
             entries = self._accept(offset, value)
             self.next = offset + 1
-            if entries is not None and len(entries):
-                parts.append(entries)
-        if not parts:
+            if entries is None or not len(entries) or control_in(entries) is not None:
+                continue
+            if not sizes:
+                self.learner.refill(entries, origin)
+            parts.append(entries)
+        if not parts or not sizes:
             return
         at, whole = 0, concatenate(parts)
         for size in sizes:
@@ -269,30 +287,56 @@ class Trainer:
         except HoleError as error:
             raise TrainerError(EXIT_FOR_GOOD, f"{error}: examples lost records. {HOLE}") from error
 
-    async def step(self, logged: StepRecord | None = None) -> StepRecord | None:
+    async def step(self, logged: StepRecord | None = None, state: State | None = None) -> StepRecord | None:
         """Commit everything since the last step in one transaction; None where nothing came. Raises TrainerError.
 
-        `logged` is the step as it was logged, where it is taken again: the lineage goes on from that very record.
+        A control that waits is obeyed by a step of its own, after that one. `logged` is the step as it was logged,
+        where it is taken again: the lineage goes on from that very record; `state` is what it went back to.
         """
         if self.next == self.committed:
-            return None
+            return None if self.control is None or logged is not None else await self._obey(self.control)
+        self.done, self.totals = self.totals, Learned()
+        if logged is not None and state is not None:
+            return await self._commit(logged, *await self._become(state))
         learner = self.learner
-        parent, learner.model.step = learner.model.step, learner.model.step + 1
+        learner.model.step = self.steps + 1
         gone = learner.let_go(learner.excess(self._most) if logged is None else logged.gone).tolist()
         rows = learner.take_changed()
-        record = logged or StepRecord(
-            learner.model.step, parent, self.committed, self.next, self._sizes, self._step_seed, v=2,
-            before=self.lineage, generation=self._store.keys.generation, gone=len(gone),
+        values = learner.pack_state(rows)
+        if logged is None and (refusal := await self._refuse(values, learner.dense_state())) is not None:
+            return refusal
+        _add(self.since, self.done)
+        record = logged or self._record(
+            sizes=self._sizes, seed=self._step_seed, gone=len(gone),
             skipped=sorted(offset for offset in self.skip if self.committed <= offset < self.next),
         )  # fmt: skip
+        return await self._commit(record, learner.rows.keys[rows].tolist(), values, gone)
+
+    def _record(self, *, sizes: list[int], **more: Any) -> StepRecord:
+        return StepRecord(
+            self.steps + 1, self.steps, self.committed, self.next, sizes, more.pop("seed", 0), v=3,
+            before=self.lineage, generation=self._store.keys.generation, **more,
+        )  # fmt: skip
+
+    async def _commit(
+        self, record: StepRecord, keys: Sequence[int], values: Sequence[bytes], gone: Sequence[int],
+        told: Told | None = None,
+    ) -> StepRecord:  # fmt: skip
+        """Write rows and head; `told` is what serving is to hear, by default these rows, or nothing while pinned."""
+        learner = self.learner
+        learner.model.step = record.step
         self.last_record = msgspec.msgpack.encode(record)
-        keys = learner.rows.keys[rows].tolist()
+        if record.note:
+            self.refused += record.note.startswith("refused")
+            self.notes = [*self.notes, {n: getattr(record, n) for n in ("step", "first", "next", "note")}][-NOTES:]
+        self.pin = record.pin if record.pin >= 0 else self.pin
         head = {
             "next": str(self.next), "step": str(record.step), "dense": learner.dense_state(),
             "marks": msgspec.json.encode({str(p): o for p, o in sorted(self.marks.items())}),
             "window": _pack_origin(learner.window_origin()), "record": self.last_record, "cluster": self._cluster,
+            "pin": str(self.pin), "version": str(self.parent), "refused": str(self.refused),
+            "notes": msgspec.json.encode(self.notes),
         }  # fmt: skip
-        values = learner.pack_state(rows)
         stored = await persist(
             "commit",
             lambda: self._store.commit(expected=self.committed, head=head, keys=keys, values=values, gone=gone),
@@ -301,21 +345,172 @@ class Trainer:
             raise TrainerError(
                 EXIT_AGAIN, f"weights: expected offset {self.committed} in Redis, found {stored}: a rollback or a twin"
             )
-        self.committed, self._sizes = self.next, []
-        self._published = (record, keys, rows, gone)
+        self.committed, self.steps, self._sizes = self.next, record.step, []
+        self._told = told or Told(keys, (), gone, b"", record.step)
         return record
 
     async def publish(self, record: StepRecord) -> None:
-        """Feed serving with the step's rows and weights."""
-        _, keys, rows, gone = self._published
-        model = self.learner.model
+        """Feed serving with the step's rows and weights; while a version is pinned only with its position."""
+        keys, vectors, gone, dense, step = self._told
+        if not dense and self.pin:
+            keys, gone, step = (), (), self.pin
+        elif not dense:
+            model = self.learner.model
+            vectors = model.pack_rows(model.rows.find(np.array(keys, np.uint64)))
+            dense = model.dense_bytes()
         await persist(
             "feed",
             lambda: self._store.publish_step(
-                step=record.step, first=record.first, following=record.next, keys=keys, vectors=model.pack_rows(rows),
-                dense=model.dense_bytes(), gone=gone,
+                step=step, first=record.first, following=record.next, keys=keys, vectors=vectors, dense=dense, gone=gone
             ),
+        )
+        if record.pin >= 0 and self._versions is not None:
+            await persist("pin", self._versions.drop_copies)
+
+    # -- going back ---------------------------------------------------------------------------------------------------
+
+    async def _become(self, state: State) -> tuple[list[int], list[bytes], list[int]]:
+        """Take the weights and optimiser of a state; return what its rows change in the store: keys, values, gone.
+
+        The join window stays: it follows from the log, not from the weights.
+        """
+        learner = Learner(rows=Rows(), seed=self._seed)
+        if state.rows:
+            learner.load_state(np.array(list(state.rows), np.uint64), list(state.rows.values()))
+        if state.dense:
+            learner.load_dense(state.dense)
+        learner.take_over(self.learner)
+        self.learner, self.totals, self._sizes = learner, Learned(), []
+        _, rows = await persist("load", self._store.load)
+        stored = dict(rows)
+        changed = [key for key, value in state.rows.items() if stored.get(key) != value]
+        return changed, [state.rows[key] for key in changed], sorted(stored.keys() - state.rows.keys())
+
+    async def _refuse(self, values: Sequence[bytes], dense: bytes) -> StepRecord | None:
+        """Throw away what was learnt since the last step, where it is not fit to be served; None where it is.
+
+        Values that are not finite: back to the parent, unless what Redis holds of it is not finite either. Losses
+        beyond the bound, which tell of weights that were served already: back to the last good version.
+        """
+        parent = unsound(values, dense) if not self.suspicion else ""
+        reason = self.suspicion or parent or self.guard.judge(self.done)
+        if not reason:
+            return None
+        state = await self._parent() if parent else None
+        if state is None and (state := await self._last_version()) is None:
+            if self.suspicion or parent:
+                raise TrainerError(
+                    EXIT_FOR_GOOD, f"weights: {reason}, and there is no version to go back to. Next: `freshet rebuild"
+                    " --switch` learns them again",
+                )  # fmt: skip
+            self.guard.begin()
+            return None
+        where = "the step before" if state.identity == self.lineage else f"version {self.parent}"
+        log.error("examples@%d..%d refused: %s. Back to %s", self.committed, self.next - 1, reason, where)
+        self.guard.begin(tried=state.identity != self.lineage)
+        self.suspicion = ""
+        changes = await self._become(state)
+        record = self._record(sizes=[], back=state.identity, note=f"refused: {reason}. Back to {where}")
+        return await self._commit(record, *changes)
+
+    async def _parent(self) -> State | None:
+        head, rows = await persist("load", self._store.load)
+        dense = head.get("dense", b"")
+        return None if unsound([value for _, value in rows], dense) else State(dict(rows), dense, self.lineage)
+
+    async def _last_version(self) -> State | None:
+        for about in reversed(self._versions.kept if self._versions is not None else []):
+            try:
+                return await self._version(about.version)
+            except VersionError as error:
+                log.error("version %d: %s", about.version, error)
+        return None
+
+    async def _version(self, number: int, identity: int = 0) -> State:
+        """Return a version's state, and learn on from it."""
+        if self._versions is None:
+            raise VersionError("no versions are kept here")
+        found = await self._versions.read(number, identity)
+        self.parent, self.since = number, Learned()
+        return State(dict(zip(found.keys, found.rows, strict=True)), found.dense, found.about.identity)
+
+    # -- controls -----------------------------------------------------------------------------------------------------
+
+    async def _obey(self, control: Control) -> StepRecord:
+        """Do what a control asks for, in a step of its own; what cannot be done is noted and changes nothing."""
+        self.control, self.next = None, self.next + 1
+        try:
+            if control.do == "rollback":
+                state = await self._version(control.version, control.identity)
+                self.guard.begin(tried=True)
+                changes = await self._become(state)
+                return await self._commit(self._record(sizes=[], back=state.identity, note=control.text), *changes)
+            if control.do == "save" and self._versions is not None:
+                self.asked = True
+                return await self._commit(self._record(sizes=[], note=control.text), (), (), ())
+            if control.do not in ("pin", "unpin") or self._versions is None:
+                raise VersionError(f"expected one of {', '.join(VERBS)}")
+            if control.version == self.pin:
+                raise VersionError("it is pinned already" if self.pin else "none is pinned")
+            told = await self._serve(self._versions, control.version, control.identity)
+            note = self._record(sizes=[], pin=control.version, note=control.text)
+            return await self._commit(note, (), (), (), told)
+        except VersionError as error:
+            log.warning("examples@%d: %s not done: %s", self.next - 1, control.text, error)
+            note = self._record(sizes=[], note=f"{control.text} not done: {error}")
+            return await self._commit(note, (), (), ())
+
+    async def _serve(self, versions: Versions, number: int, identity: int) -> Told:
+        """Return what serving is told to go over from what it has to a version, 0 for the learner's own weights."""
+        wanted, model = self._own(), self.learner.model
+        served = await persist("pin", lambda: versions.served_copy(self.pin)) if self.pin else wanted
+        if number:
+            found = await versions.read(number, identity)
+            model = Model(rows=Rows())
+            model.load_rows(np.array(found.keys, np.uint64), found.rows)
+            model.load_dense(found.dense)
+            wanted = _served(model, found.keys)
+            await persist("pin", lambda: versions.serve_copy(number, wanted, model.dense_bytes()))
+        changed = [key for key, value in wanted.items() if served.get(key) != value]
+        gone = sorted(served.keys() - wanted.keys())
+        return Told(changed, [wanted[key] for key in changed], gone, model.dense_bytes(), number or self.steps + 1)
+
+    def _own(self) -> dict[int, bytes]:
+        rows = self.learner.rows
+        return _served(self.learner.model, rows.keys[rows.held_by(LEARNT)].tolist())
+
+    # -- versions -----------------------------------------------------------------------------------------------------
+
+    def due(self, now: float) -> bool:
+        """Whether a version is to be made at a time, s: right after a step, after enough or where one is asked for."""
+        learnt = self.since.entered
+        enough = self.asked or learnt >= EVERY_EXAMPLES or (learnt > 0 and now - self.made >= EVERY_S)
+        return enough and self.next == self.committed
+
+    def checkpoint(self, now: float) -> Checkpoint:
+        """Return a copy of the state of the step just committed, as a version to be published."""
+        learner, since = self.learner, self.since
+        rows, packed = learner.rows.held_by(LEARNT), list[bytes]()
+        for first in range(0, len(rows), PIECE):
+            packed += learner.pack_state(rows[first : first + PIECE])
+        metrics = {f"{name}_loss": round(value, 5) for name, value in means(since).items()}
+        about = Version(
+            version=self.steps, identity=self.lineage, parent=self.parent, next=self.committed, made=now,
+            learnt=since.entered, items=len(rows), generation=self._store.keys.generation,
+            metrics=metrics | {"joined": since.joined, "lists": since.lists}, refused=self.guard.beyond(metrics),
         )  # fmt: skip
+        self.made, self.since, self.asked = now, Learned(), False
+        return Checkpoint(about, learner.rows.keys[rows].tolist(), packed, learner.dense_state())
+
+    def published(self, about: Version) -> None:
+        """Take note of what became of a checkpoint: learn on from it, or go back with the next step."""
+        if about.refused:
+            self.suspicion = (
+                "" if about.refused.startswith("not written") else f"version {about.version}: {about.refused}"
+            )
+        else:
+            self.guard.accept(about.metrics)
+            self.parent = about.version if self.parent == about.parent else self.parent
 
     @property
     def lineage(self) -> int:
@@ -323,8 +518,18 @@ class Trainer:
         return msgspec.msgpack.decode(self.last_record, type=StepRecord).identity if self.last_record else 0
 
     stored_epoch = ""
-    _published: tuple[StepRecord, list[int], Any, list[int]]
+    _told: Told
     _resumed: tuple[float, dict[int, int]]
+
+
+def _add(to: Learned, more: Learned) -> None:
+    for name in Learned.__slots__:
+        setattr(to, name, getattr(to, name) + getattr(more, name))
+
+
+def _served(model: Model, keys: Sequence[int]) -> dict[int, bytes]:
+    """Return rows as serving reads them, by item hash."""
+    return dict(zip(keys, model.pack_rows(model.rows.find(np.array(keys, np.uint64))), strict=True))
 
 
 def _pack_origin(origin: Origin | None) -> bytes:
@@ -336,188 +541,3 @@ def _unpack_origin(data: bytes) -> Origin | None:
         return None
     offset, at, marks = msgspec.msgpack.decode(data, type=tuple[int, float, tuple[tuple[int, int], ...]])
     return Origin(offset, at, marks)
-
-
-def run(settings: Settings) -> None:
-    """Run the learner until SIGTERM or SIGINT; exits with 70 to be started again, with 78 where that cannot help."""
-    os.nice(max(0, 10 - os.nice(0)))
-    warm()
-    import uvloop
-
-    try:
-        uvloop.run(_main(settings))
-    except TopicsError as error:
-        _leave(EXIT_FOR_GOOD, str(error))
-    except TrainerError as error:
-        _leave(error.status, str(error))
-    except StoredBytesError as error:
-        _leave(EXIT_FOR_GOOD, str(error))
-    except GroundError as error:
-        _leave(EXIT_FOR_GOOD, str(error))
-    except KafkaError as error:
-        _leave(EXIT_AGAIN, f"Kafka: {type(error).__name__}: {error}")
-
-
-def warm() -> None:
-    """Import torch and load the compiled kernels before the process calls itself ready."""
-    empty = Entries(
-        ranges=[], partition=np.zeros(1, np.uint16), offset=np.zeros(1, np.int64), index=np.zeros(1, np.uint16),
-        time=np.ones(1), kind=np.ones(1, np.uint8), flags=np.full(1, ENTERS, np.uint8), target=np.ones(1, np.uint64),
-        weight=np.ones(1), value=np.zeros(1), slates=np.zeros((1, 4), np.uint64),
-        history_start=np.zeros(2, np.int64), ids=["warm"], extra=[b""],
-    )  # fmt: skip
-    Learner(rows=Rows()).learn(Entries.from_bytes(empty.to_bytes()))
-
-
-def _leave(status: int, reason: str) -> NoReturn:
-    log.critical("%s", reason)
-    raise SystemExit(status)
-
-
-async def _main(settings: Settings) -> None:
-    topics = Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
-    await arrive(settings.kafka, topics)
-    client = connect(settings.redis)
-    keys = await live_keys(client, settings.namespace)
-    store = ModelStore(client, keys, settings.feed_mb << 20)
-    stop = asyncio.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    producer, looking, ends = Log(settings.kafka), None, Ends(settings.kafka)
-    consumer = AIOKafkaConsumer(
-        **client_options(settings.kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="none",
-        fetch_max_wait_ms=100, max_partition_fetch_bytes=4 << 20,
-    )  # fmt: skip
-    await producer.start()
-    await consumer.start()
-    ground = Ground(producer, topics, await producer.epoch(topics), codec=settings.codec)
-    trainer = Trainer(store=store, cluster=ground.stamp, seed=settings.seed, most=settings.max_items)
-    try:
-        await persist("load", trainer.load)
-        trainer.suspect(await persist("faults", store.faults))
-        place = TopicPartition(topics.examples, 0)
-        reading = Reading(consumer, place, ends)
-        await _resume(trainer, consumer, place, reading, producer, topics, ground)
-        looking = asyncio.create_task(_look(ground))
-        mark_ready()
-        log.info("learner runs from examples@%d, step %d", trainer.next, trainer.learner.model.step)
-        switched = asyncio.create_task(moved(client, keys))
-        switched.add_done_callback(lambda _: stop.set())
-        await _follow(trainer, reading, producer, topics, lambda fields: _metrics(client, keys, fields), stop)
-        if switched.done():
-            raise TrainerError(EXIT_AGAIN, f"generation {switched.result()} is served now: starting again in it")
-    except LearningError as error:
-        raise await _blamed(error, store, DeadLetters(producer, topics), trainer) from error
-    except OffsetOutOfRangeError as error:
-        await ground.check_epoch()
-        raise TrainerError(
-            EXIT_FOR_GOOD,
-            f"examples has no offset {trainer.next} any more ({error}). {TRIMMED}",
-        ) from error
-    finally:
-        if looking is not None:
-            looking.cancel()
-        await consumer.stop()
-        await ends.stop()
-        await producer.stop()
-        await client.aclose()
-
-
-async def _blamed(error: LearningError, store: ModelStore, dead: DeadLetters, trainer: Trainer) -> TrainerError:
-    """Note what raised, set a record aside whose third time it is, and return how the process is to end."""
-    text = last_lines(error.__cause__ or error)
-    count = 1 + await persist("fault", lambda: store.blamed(error.first))
-    if count >= TRIES and error.next == error.first + 1:  # the letter first: none would skip the record untold
-        reason = f"learning it raised {count} times: {text}"
-        await dead.send([Dead(dead.topics.examples, 0, error.first, reason, trainer.last_value)])
-    await persist("fault", lambda: store.blame(error.first, error.next, text))
-    return TrainerError(EXIT_AGAIN, f"{error} ({count} of {TRIES} times before a record is set aside)")
-
-
-async def _look(ground: Ground) -> None:
-    """End the process where the topics are others than when it began."""
-    try:
-        await ground.watch()
-    except GroundError as error:
-        leave(EXIT_FOR_GOOD, str(error))
-
-
-async def _resume(
-    trainer: Trainer, consumer: Any, place: TopicPartition, reading: Reading, producer: Log, topics: Topics,
-    ground: Ground,
-) -> None:  # fmt: skip
-    """Place the consumer, refill the join window, and append the last step's record again in case it was lost."""
-    first, end = (await consumer.beginning_offsets([place]))[place], (await consumer.end_offsets([place]))[place]
-    await ground.check("weights", trainer.stored_epoch, {place: trainer.next}, {place: (first, end)})
-    consumer.assign([place])
-    offset = trainer.begin_refill()
-    if offset < first:
-        raise GroundError(
-            f"weights: the join window goes back to offset {offset}, but {place.topic}[0] begins at {first}. {TRIMMED}"
-        )
-    consumer.seek(place, offset)
-    while offset < trainer.next:
-        for record in await reading.get(offset, timeout_ms=500):
-            if record.offset < trainer.next:
-                trainer.refill(record.offset, record.value)
-            offset = record.offset + 1
-    trainer.end_refill()
-    consumer.seek(place, trainer.next)
-    if trainer.last_record:
-        await producer.append(topics.steps, [(0, None, trainer.last_record)])
-
-
-async def _follow(
-    trainer: Trainer, reading: Reading, producer: Log, topics: Topics,
-    tell: Callable[[dict[str, Any]], Awaitable[None]], stop: asyncio.Event,
-) -> None:  # fmt: skip
-    """Learn until told to stop: gather records for 50 ms or 64 entries, step every second."""
-    stepped = time.monotonic()
-    while not stop.is_set():
-        started = time.monotonic()
-        fetched = await reading.get(trainer.next, timeout_ms=int(1000 * MICRO_BATCH_S), max_records=MICRO_BATCH)
-        records = [(record.offset, record.value) for record in fetched]
-        while records and not stop.is_set():
-            size, count = 0, 0
-            while count < len(records) and size < 24 * 1024 * MICRO_BATCH:
-                size += len(records[count][1])
-                count += 1
-            trainer.learn(records[:count])
-            del records[:count]
-            if time.monotonic() - stepped >= STEP_S:
-                await _step(trainer, producer, topics, tell)
-                stepped = time.monotonic()
-            await asyncio.sleep(0)
-        if time.monotonic() - stepped >= STEP_S:
-            await _step(trainer, producer, topics, tell)
-            stepped = time.monotonic()
-        if reading.at_end(trainer.next):
-            await asyncio.sleep(max(0.0, MICRO_BATCH_S - (time.monotonic() - started)))
-    await _step(trainer, producer, topics, tell)
-
-
-async def _step(
-    trainer: Trainer, producer: Log, topics: Topics, tell: Callable[[dict[str, Any]], Awaitable[None]]
-) -> None:
-    record = await trainer.step()
-    if record is None:
-        return
-    await producer.append(topics.steps, [(0, None, trainer.last_record)])
-    await trainer.publish(record)
-    done, trainer.totals = trainer.totals, Learned()
-    await tell(
-        {
-            "t": round(time.time(), 3), "step": record.step, "events": done.entered, "joined": done.joined,
-            "lists": done.lists, "encoder_loss": round(done.encoder_loss / max(done.entered, 1), 4),
-            "ranker_loss": round(done.ranker_loss / max(done.lists, 1), 4), "next": record.next,
-            "window": len(trainer.learner.window), "learnt_items": trainer.learner.rows.known, "gone": record.gone,
-            "rss_mb": resident_mb(),
-        }
-    )  # fmt: skip
-
-
-async def _metrics(client: Any, keys: Any, fields: dict[str, Any]) -> None:
-    try:
-        await append_metrics(client, keys.metrics("learner"), fields)
-    except StoreUnavailable as error:
-        log.debug("metrics: %s", error)

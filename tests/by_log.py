@@ -21,6 +21,8 @@ from streaming.recovery.cuts import ends
 from streaming.state import ItemStore, Keys, ModelStore, RedisUserStore, connect
 from streaming.topics import Log, epoch, partition_of, read_span, topics_of
 from streaming.trainer import Trainer
+from streaming.training.controls import Control, record_of
+from streaming.training.versions import Version, Versions, home, read
 
 
 def clicks(count: int, *, seed: int = 0, users: int = 30, items: int = 40) -> list[Event]:
@@ -108,8 +110,10 @@ class ByLog:
 
     async def learn(self, steps: int = 1) -> None:
         """Be the learner: go on from what is committed, in so many steps, each of which is logged."""
-        trainer = Trainer(
-            store=self.weights, cluster=self.ground, seed=self.settings.seed, most=self.settings.max_items
+        versions = Versions(home(self.settings, self.keys), self.weights)
+        self.trainer = trainer = Trainer(
+            store=self.weights, cluster=self.ground, seed=self.settings.seed, most=self.settings.max_items,
+            versions=versions,
         )  # fmt: skip
         await trainer.load()
         begin, end = trainer.begin_refill(), (await ends(self.settings)).examples
@@ -122,9 +126,29 @@ class ByLog:
         trainer.end_refill()
         fresh = [(offset, value) for offset, value in found if offset >= trainer.next]
         for part in np.array_split(np.arange(len(fresh)), steps):
-            trainer.learn([fresh[i] for i in part])
-            if await trainer.step() is not None:
-                await self.log.append(self.topics.steps, [(0, None, trainer.last_record)])
+            given = [fresh[i] for i in part]
+            while given:
+                trainer.learn(given)
+                while await trainer.step() is not None:
+                    await self.log.append(self.topics.steps, [(0, None, trainer.last_record)])
+                given = [(offset, value) for offset, value in given if offset >= trainer.next]
+
+    async def version(self) -> Version:
+        """Publish a version of the learner's last step."""
+        versions = Versions(home(self.settings, self.keys), self.weights)
+        about = await versions.publish(self.trainer.checkpoint(time.time()), lambda: self.trainer.pin)
+        self.trainer.published(about)
+        return about
+
+    def version_rows(self, number: int) -> dict[int, bytes]:
+        """Return the rows of a version's file."""
+        found = read(home(self.settings, self.keys) / f"{number}.version")
+        return dict(zip(found.keys, found.rows, strict=True))
+
+    async def control(self, control: Control) -> None:
+        """Tell the learner something, and let it and the item agent come to it."""
+        await self.log.append(self.topics.examples, [(0, None, record_of(control))])
+        await self.run()
 
     async def everything(self, generation: int | None = None) -> dict[str, Any]:
         """Return every key of a generation with its value; not feeds, caches and curves."""

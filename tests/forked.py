@@ -27,7 +27,8 @@ def _nothing() -> None:
 
 
 def _run(role: str, settings: Settings, log: Path, prepare: Callable[[], None] | None = None) -> None:
-    from streaming import trainer, worker
+    from streaming import worker
+    from streaming.training import process
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -35,7 +36,7 @@ def _run(role: str, settings: Settings, log: Path, prepare: Callable[[], None] |
     if prepare is not None:
         prepare()
     if role == "learner":
-        trainer.run(settings)
+        process.run(settings)
     else:
         worker.run(settings, role, settings.worker_slot)  # type: ignore[arg-type]
 

@@ -25,7 +25,8 @@ from streaming.rebuild import verify
 from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, RowStore, connect, read_user
 from streaming.supervision import Progress
 from streaming.topics import Log, Topics, end_offsets, epoch, partition_of, read_topic
-from streaming.trainer import LearningError, Trainer, _blamed
+from streaming.trainer import LearningError, Trainer
+from streaming.training.process import _blamed
 from streaming.users.memory import MemoryUserStore
 from tests.forked import Roles, warm
 

@@ -120,7 +120,7 @@ async def _check_feed(client: Any, settings: Settings, again: Learner) -> None:
     for _, delta in deltas:
         if delta.kind == "vectors":
             model.load_rows(np.array(delta.keys, np.uint64), list(delta.values))
-        else:
+        elif delta.dense:  # not the mark of a start, which says how far the model is
             model.load_dense(delta.dense)
     assert model.step == again.model.step
     keys = again.rows.keys[: again.rows.n]

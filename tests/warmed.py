@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from streaming import trainer, worker
+from streaming import worker
+from streaming.training import process
 
 worker.warm()
-trainer.warm()
+process.warm()

@@ -6,6 +6,7 @@ a second worker come and gone). Knows nothing about events or about how a stack 
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 import signal
@@ -16,11 +17,17 @@ from typing import Final
 
 from infra.proving.proxy import Proxy
 from infra.stack import Stack
+from streaming.state import ModelStore, StoreError, StoreUnavailable, connect, live_keys
+from streaming.topics import Log, LogError, topics_of
+from streaming.training.controls import Control, record_of
+from streaming.training.versions import read_list
 
 STOPPED_S: Final = (6.5, 9.0)
 """How long a worker is stopped: longer than its session with Kafka (6 s)."""
 SECOND: Final = 1
 """Slot of the worker that joins and leaves."""
+TELL_S: Final = 15.0
+"""How long telling the learner something may take, s."""
 
 
 @dataclass(slots=True)
@@ -132,6 +139,36 @@ def _half_close(name: str) -> Callable[[Target], str]:
     return half_close
 
 
+def _model_told(target: Target) -> str:
+    """Tell the learner to make a version, to go back to one, to serve one while it learns on, or to end that."""
+    do = target.random.choice(("save", "rollback", "rollback", "pin", "unpin"))
+    try:
+        return asyncio.run(asyncio.wait_for(_tell(target, do), TELL_S))
+    except (LogError, StoreError, *StoreUnavailable, TimeoutError) as error:  # what it is told by is away as well
+        return f"{do} could not be sent ({type(error).__name__})"
+
+
+async def _tell(target: Target, do: str) -> str:
+    assert target.stack.store is not None
+    settings, client = target.stack.settings, connect(target.stack.store.url, timeout=2.0)
+    try:
+        store = ModelStore(client, await live_keys(client, settings.namespace))
+        kept = [about for about in await read_list(store) if not about.refused]
+    finally:
+        await client.aclose()
+    control = Control("unpin" if do == "unpin" else "save")
+    if kept and do in ("rollback", "pin"):
+        chosen = target.random.choice(kept)
+        control = Control(do, chosen.version, chosen.identity)
+    log = Log(target.stack.kafka)
+    await log.start()
+    try:
+        await log.append(topics_of(settings).examples, [(0, None, record_of(control, codec=settings.codec))])
+    finally:
+        await log.stop()
+    return control.text
+
+
 USERS, ALL = ("users",), ("users", "items", "learner")
 FAULTS: Final[dict[str, Fault]] = {
     "worker_kill": Fault(4, "worker", USERS, _worker_kill),
@@ -140,6 +177,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "worker_joins": Fault(2, "second", USERS, _worker_joins),
     "items_kill": Fault(2, "items", ("users", "items"), _kill("items")),
     "learner_kill": Fault(2, "learner", ("users", "learner"), _kill("learner")),
+    "model_told": Fault(3, "model", ("users", "learner"), _model_told),
     "api_kill": Fault(2, "api", USERS, _kill("api")),
     "redis_kill": Fault(2, "redis", ALL, _kill("redis")),
     "redis_rollback": Fault(2, "redis", ALL, _redis_rollback),

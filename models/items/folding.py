@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.examples import CodecError, Entries, HoleError, accept
+from models.examples import CONTROL, CodecError, Entries, HoleError, accept
 from models.items.state import Items
 from models.rows import Rows
 
@@ -69,7 +69,8 @@ class ItemFold:
         """Fold the record at `next`; raises HoleError, and PoisonError where the fold itself fails."""
         out = Folded()
         try:
-            out.entries = accept(Entries.from_bytes(value), self.marks)
+            entries = accept(Entries.from_bytes(value), self.marks)
+            out.entries = entries.take(entries.kind != CONTROL)  # the learner's alone
             if self.next not in self.skip:
                 out.changed = self.items.fold(out.entries)
                 out.aside, self.items.aside = self.items.aside, []

@@ -16,10 +16,12 @@ import msgspec
 import numpy as np
 
 from infra.settings import Settings
+from streaming.recovery.compare import differences
 from streaming.recovery.generations import RecoveryError
-from streaming.state import Keys
+from streaming.state import Keys, ModelStore
 from streaming.topics import read_span, topics_of
-from streaming.trainer import LearntStore, StepRecord, Trainer
+from streaming.trainer import LearntStore, State, StepRecord, Trainer
+from streaming.training.versions import found_by_identity
 
 Advance = Callable[[str, int, int], None]
 Rows = dict[int, bytes]
@@ -30,6 +32,8 @@ class MemoryModel:
 
     def __init__(self, head: dict[str, bytes] | None = None, rows: Rows | None = None) -> None:
         self.kept, self.rows, self.keys = dict(head or {}), dict(rows or {}), Keys(generation=0)
+        self.line = set[int]()
+        """Identities of the steps that it was learnt along here."""
 
     async def load(self) -> tuple[dict[str, bytes], list[tuple[int, bytes]]]:
         """Return (head, rows)."""
@@ -113,16 +117,55 @@ async def read_steps(settings: Settings, first: int, end: int, *, until: float =
     return found
 
 
+class States:
+    """The states that later steps of a line go back to, kept as they are passed; the last one pinned as well.
+
+    One of before the line's beginning is taken from the version's file, where it is kept here.
+    """
+
+    def __init__(self, settings: Settings, steps: Sequence[StepRecord]) -> None:
+        self._settings = settings
+        numbers = {step.pin for step in [step for step in steps if step.pin >= 0][-1:]}
+        self._wanted = {step.back for step in steps if step.returns} | {
+            step.identity for step in steps if step.step in numbers
+        }
+        self._kept: dict[int, State] = {}
+
+    async def keep(self, store: LearntStore, identity: int) -> None:
+        """Keep what the store holds, where it is wanted later."""
+        if identity in self._wanted:
+            head, rows = await store.load()
+            self._kept[identity] = State(dict(rows), head.get("dense", b""), identity)
+
+    def find(self, identity: int) -> State | None:
+        """Return a state, None where it is not to be had."""
+        if identity not in self._kept and (found := found_by_identity(self._settings, identity)) is not None:
+            self._kept[identity] = State(dict(zip(found.keys, found.rows, strict=True)), found.dense, identity)
+        return self._kept.get(identity)
+
+    def of(self, step: StepRecord) -> State | None:
+        """Return what a step went back to, None where it did not; raises RecoveryError where that is not to be had."""
+        if step.returns and self.find(step.back) is None:
+            raise RecoveryError(
+                f"step {step.step} of the weights ({step.note}) goes back to one that is neither after the snapshot"
+                " nor among the versions of this data folder: begin from an older snapshot, bring back the file of the"
+                " version, or `--no-weights`"
+            )
+        return self.find(step.back) if step.returns else None
+
+
 async def follow(
     settings: Settings, store: LearntStore, steps: Sequence[StepRecord], advance: Advance,
-    cluster: str = "", *, first: int = 0,
+    cluster: str = "", *, first: int = 0, states: States | None = None,
 ) -> Trainer:  # fmt: skip
     """Learn `examples` again along these steps, onto what the store holds: bit for bit on one CPU and torch build.
 
     `first` is the first offset that `examples` still has; raises RecoveryError where the join window needs an earlier.
     """
+    states = states or States(settings, steps)
     trainer = Trainer(store=store, cluster=cluster, seed=settings.seed, most=settings.max_items)
     await trainer.load()
+    await states.keep(store, trainer.lineage)
     end = steps[-1].next if steps else 0
     offset = trainer.begin_refill()
     if offset < first:
@@ -146,11 +189,28 @@ async def follow(
                 count = steps[at].next - trainer.next
                 trainer.retrace(waiting[:count], steps[at].sizes, steps[at].skipped)
                 del waiting[:count]
-                await trainer.step(steps[at])
+                await trainer.step(steps[at], states.of(steps[at]))
+                await states.keep(store, steps[at].identity)
                 at += 1
                 advance("weights", trainer.next, end)
                 await asyncio.sleep(0)
     return trainer
+
+
+async def pinned_difference(
+    store: ModelStore, pin: int, line: Sequence[StepRecord], states: States
+) -> tuple[list[str], list[str]]:
+    """Name each row of the pinned version's copy that is not what its step left; and what could not be compared."""
+    from models.model import Model
+    from models.rows import Rows as Table
+
+    state = states.find(next((step.identity for step in line if step.step == pin), 0))
+    if state is None:
+        return [], [f"the copy of version {pin}, which is pinned, was not compared: its step is not on this line"]
+    model, keys = Model(rows=Table()), np.array(list(state.rows), np.uint64)
+    model.load_rows(keys, list(state.rows.values()))
+    wanted = dict(zip(state.rows, model.pack_rows(model.rows.find(keys)), strict=True))
+    return differences(f"row of version {pin}", dict((await store.pinned(pin).load())[1]), wanted), []
 
 
 def difference(stored: MemoryModel, learnt: MemoryModel) -> tuple[list[str], float]:
@@ -208,4 +268,5 @@ def _apart(a: Any, b: Any) -> float:
     if x.shape != y.shape:
         return float("inf")
     same = (x == y) | (np.isnan(x) & np.isnan(y))
-    return float(np.max(np.where(same, 0.0, np.abs(x - y)), initial=0.0))
+    apart = np.where(same, 0.0, np.abs(np.subtract(x, y, where=~same, out=np.zeros(x.shape))))
+    return float(np.max(np.where(np.isnan(apart), np.inf, apart), initial=0.0))

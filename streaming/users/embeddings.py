@@ -71,10 +71,11 @@ class LiveEmbeddings:
         return True
 
     async def _load(self) -> str:
-        """Load what Redis holds, rows that cannot be read left out: serving tells of them."""
+        """Load what Redis holds to be served, rows that cannot be read left out: serving tells of them."""
         top = await feed_top(self._client, self._keys.model_feed)
-        head, rows = await ModelStore(self._client, self._keys).load([])
-        keys, values, _ = sound([key for key, _ in rows], [value for _, value in rows], STATE_ROW, form=STATE_FORM)
+        head, rows, pinned = await ModelStore(self._client, self._keys).load_served([])
+        dtype, form = (ROW, 1) if pinned else (STATE_ROW, STATE_FORM)
+        keys, values, _ = sound([key for key, _ in rows], [value for _, value in rows], dtype, form=form)
         self._model = Model(rows=Rows())
         self._model.load_rows(np.array(keys, np.uint64), values)
         self._position = int(head.get("next", 0))
