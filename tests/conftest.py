@@ -1,4 +1,4 @@
-"""One real Kafka broker and one real Redis for the whole run, a namespace for each test.
+"""One real Kafka broker and one real Redis for each process of the run, a namespace for each test.
 
 `FRESHET_KAFKA` and `FRESHET_REDIS` name servers that run already; otherwise both are started by `infra`, on free
 ports, in a folder that is deleted at the end.
@@ -22,15 +22,35 @@ from infra.store import RedisServer, redis_answers
 hypothesis_settings.register_profile("freshet", deadline=None)
 hypothesis_settings.load_profile("freshet")
 
-_GIVEN = {name: os.environ.pop(PREFIX + name.upper(), "") for name in ("kafka", "redis")}
+WORKERS = 3
+"""Test processes side by side: the long tests wait for processes of their own most of the time."""
+SERVERS = ("KAFKA", "REDIS")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Several for whole folders; one where their output is asked for (-s) and on servers given, which some hold up."""
+    whole = any((config.invocation_params.dir / argument).is_dir() for argument in config.args)
+    given = any(os.environ.get(PREFIX + name) for name in SERVERS)
+    return WORKERS if whole and not given and config.option.capture != "no" else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: what begins last then takes little."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def given() -> dict[str, str]:
+    """The servers that the environment names, and no longer does: no process that a test starts finds them there."""
+    return {name: os.environ.pop(PREFIX + name, "") for name in SERVERS}
 
 
 @pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def kafka(tmp_path_factory: pytest.TempPathFactory, given: dict[str, str]) -> Iterator[str]:
     """`host:port` of a real Kafka broker."""
-    if _GIVEN["kafka"]:
-        assert kafka_answers(_GIVEN["kafka"]), f"FRESHET_KAFKA={_GIVEN['kafka']} does not answer"
-        yield _GIVEN["kafka"]
+    if address := given["KAFKA"]:
+        assert kafka_answers(address), f"FRESHET_KAFKA={address} does not answer"
+        yield address
         return
     broker = Broker.prepare(tmp_path_factory.mktemp("kafka"), Settings.load(env={}).cache_path)
     try:
@@ -43,11 +63,11 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def redis_url(tmp_path_factory: pytest.TempPathFactory, given: dict[str, str]) -> Iterator[str]:
     """`redis://...` of a real Redis server."""
-    if _GIVEN["redis"]:
-        assert redis_answers(_GIVEN["redis"]), f"FRESHET_REDIS={_GIVEN['redis']} does not answer"
-        yield _GIVEN["redis"]
+    if address := given["REDIS"]:
+        assert redis_answers(address), f"FRESHET_REDIS={address} does not answer"
+        yield address
         return
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     try:

@@ -135,6 +135,7 @@ def _with_a_defect(settings: Settings, log: Path) -> None:
     _run("items", settings, log)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_a_record_whose_fold_raises_three_times_is_set_aside(
     settings: Settings, topics: Callable[..., Awaitable[Topics]], tmp_path: Path

@@ -31,6 +31,7 @@ from streaming.topics import Ends, Log, LogError
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("timing")
 @pytest.mark.timeout(240)
 def test_a_minute_of_chaos_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> None:
     stages: set[str] = set()
@@ -209,7 +210,7 @@ async def test_the_api_makes_a_new_producer_when_its_own_failed_for_good(setting
         await parts.log.stop()
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 15.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < end, f"not so within {seconds} s"

@@ -81,9 +81,12 @@ def test_topics_are_created_and_checked(tmp_path: Path, kafka: str, namespace: s
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("timing")
 @pytest.mark.timeout(240)
 def test_up_from_start_to_ctrl_c(tmp_path: Path) -> None:
     data = tmp_path / "data"
+    # A script's job in the background ignores SIGINT, and hands that on to what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     up = subprocess.Popen(
         [*FRESHET, "up", "--data", str(data), "--port", "18400"],
         cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

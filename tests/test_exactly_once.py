@@ -70,6 +70,7 @@ async def drained(client: Redis, keys: Keys, kafka: str, topics: Topics, events:
     raise AssertionError("not drained after 60 s")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("form", ["chunks", "stock"])
 async def test_killed_thrice_counts_are_exact_and_rebuild_is_identical(

@@ -149,6 +149,7 @@ async def records_deleted(case: Case) -> str:
 PROVOKED = (made_again_and_refilled, another_cluster, more_partitions, redis_ahead, records_deleted)
 
 
+@pytest.mark.slow
 async def test_each_role_ends_for_good_before_it_writes(
     kafka: str, redis_url: str, client: Redis, tmp_path: Path, namespace: str
 ) -> None:
@@ -169,6 +170,7 @@ async def test_each_role_ends_for_good_before_it_writes(
             assert await case.everything() == before
 
 
+@pytest.mark.slow
 async def test_a_topic_made_again_under_running_processes(
     kafka: str, redis_url: str, client: Redis, tmp_path: Path, namespace: str
 ) -> None:

@@ -46,7 +46,7 @@ async def _serving(settings: Settings) -> AsyncIterator[tuple[httpx.AsyncClient,
         yield client, parts
 
 
-async def _until(check: Callable[[], Any], seconds: float = 20.0) -> None:
+async def _until(check: Callable[[], Any], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < end, "the condition did not come true in time"

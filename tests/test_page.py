@@ -53,7 +53,7 @@ class Page:
         answer = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         return answer["result"].get("value")
 
-    async def until(self, script: str, seconds: float = 15.0) -> Any:
+    async def until(self, script: str, seconds: float = 60.0) -> Any:
         async with asyncio.timeout(seconds):
             while not (value := await self.run(script)):
                 await asyncio.sleep(0.05)

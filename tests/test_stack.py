@@ -26,7 +26,10 @@ from infra.telemetry import EXIT_FOR_GOOD
 SERVERS = ("kafka", "redis")
 
 
-def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+pytestmark = pytest.mark.xdist_group("timing")
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not so within {seconds} s"

@@ -72,6 +72,7 @@ def _rows(learner: Learner) -> dict[int, bytes]:
     return dict(zip(learner.rows.keys[rows].tolist(), learner.pack_state(rows), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_kill_and_resume_ends_in_the_logged_weights(
     settings: Settings, topics: Callable[..., Awaitable[Topics]]
