@@ -11,6 +11,7 @@ Files in the order in which one event travels through them:
     encoder       the step that trains them (torch, lazily)
     features      named features of (user, item, now)
     ranker        linear model and network over them, listwise (a package)
+    values        what an outcome is worth once it happens: rating, dwell, skip, hide, low rating
     model         everything learnt that scoring needs, in one object
     learner       the fold over `examples` that moves the model
     retrieval     candidates of each channel

@@ -38,6 +38,8 @@ U64 = NDArray[np.uint64]
 
 ROW: Final = np.dtype([("version", "u1"), ("form", "u1"), ("zero", "u2"), ("bias", "<f4"), ("vector", "<f2", (DIM,))])
 """A row as serving reads it, 136 B: version 1, form 1."""
+STATS: Final = 8
+"""Statistics of an item's outcomes (models/values.py), f32, behind either form of a row that has any: version 2."""
 
 
 @njit(cache=True)
@@ -194,13 +196,26 @@ def cut(values: NDArray[Any]) -> list[bytes]:
 
 
 def read_rows(blobs: list[bytes], dtype: np.dtype[Any], *, form: int) -> NDArray[Any]:
-    """Return packed rows as a structured array; raises CodecError where one has another size, version or form."""
+    """Return packed rows as a structured array, with `stats` f32[8]; raises CodecError on another size or form."""
+    tail = bytes(4 * STATS)
     for blob in blobs:
-        if len(blob) != dtype.itemsize or blob[0] != 1 or blob[1] != form:
-            raise CodecError(
-                f"model row: expected version 1, form {form}, {dtype.itemsize} B; got {blob[:2].hex()}, {len(blob)} B"
-            )
-    return np.frombuffer(b"".join(blobs), dtype)
+        if not _is_row(blob, dtype, form):
+            expected = f"version 1 or 2, form {form}, {dtype.itemsize} B and {len(tail)} from 2 on"
+            raise CodecError(f"model row: expected {expected}; got {blob[:2].hex()}, {len(blob)} B")
+    data = b"".join(blob if blob[0] == 2 else blob + tail for blob in blobs)
+    return np.frombuffer(data, np.dtype([*dtype.descr, ("stats", "<f4", (STATS,))]))
+
+
+def _is_row(blob: bytes, dtype: np.dtype[Any], form: int) -> bool:
+    size = dtype.itemsize
+    return len(blob) > 1 and blob[1] == form and (blob[0], len(blob)) in ((1, size), (2, size + 4 * STATS))
+
+
+def with_stats(blobs: list[bytes], stats: F32) -> list[bytes]:
+    """Return packed rows with the statistics f32[k, 8] behind them; those that have none stay of version 1."""
+    some = stats.any(1).tolist()
+    tails = np.ascontiguousarray(stats, "<f4")
+    return [b"\x02" + a[1:] + tails[i].tobytes() if some[i] else a for i, a in enumerate(blobs)]
 
 
 def sound(
@@ -211,11 +226,11 @@ def sound(
     values: list[bytes] = []
     bad: list[str] = []
     for key, blob in zip(keys, blobs, strict=True):
-        if len(blob) == dtype.itemsize and blob[0] == 1 and blob[1] == form:
+        if _is_row(blob, dtype, form):
             good.append(key)
             values.append(blob)
         else:
-            expected = f"expected version 1, form {form}, {dtype.itemsize} bytes"
+            expected = f"expected version 1 or 2, form {form}, {dtype.itemsize} bytes and {4 * STATS} from 2 on"
             bad.append(f"model row {key:016x}: {expected}, got {blob[:2].hex() or 'nothing'}, {len(blob)} bytes")
     return good, values, bad
 

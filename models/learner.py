@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from models.decay import Popularity, add, at_time, grown, popularities
 from models.encoder import RECENT, Encoder
-from models.examples import ENTERS, IMPRESSION, VIEW, CodecError, Entries, Shown
-from models.factors import POSITIONS, cut, fitted, mix64, pack_named, read_rows, unpack_named, whole
+from models.examples import ACTION, ENTERS, IMPRESSION, RATING, VIEW, CodecError, Entries, Shown
+from models.factors import POSITIONS, cut, fitted, mix64, pack_named, read_rows, unpack_named, whole, with_stats
 from models.features import F
 from models.model import STATE_FORM, STATE_ROW, Model
 from models.rows import LEARNT, Rows
@@ -42,13 +42,18 @@ U64 = NDArray[np.uint64]
 
 @dataclass(slots=True)
 class Learned:
-    """What one micro-batch did: events learnt, outcomes joined to a slate, lists the ranker learnt, summed losses."""
+    """What one micro-batch did: events learnt, outcomes joined to a slate, lists the ranker learnt, summed losses.
+
+    rated: ratings; rating_error: the sum of their squared errors before each was learnt, of values from -1 to 1.
+    """
 
     entered: int = 0
     joined: int = 0
     lists: int = 0
     encoder_loss: float = 0.0
     ranker_loss: float = 0.0
+    rated: int = 0
+    rating_error: float = 0.0
 
 
 @dataclass(slots=True, frozen=True)
@@ -98,6 +103,7 @@ class Learner:
     def grow(self) -> None:
         """Follow the shared rows."""
         self.encoder.grow()
+        self.model.values.grow()
         if len(self._checks) < self.rows.capacity:
             self.popularity.grow(self.rows.capacity)
             self._touched = grown(self._touched, self.rows.capacity)
@@ -110,6 +116,8 @@ class Learner:
         for slate, target in self._join(entries, origin):
             out.joined += 1
             self._rank(slate, target, out)
+        if entries.version > 1:  # before that an entry does not say how its user rates
+            self._value(entries, out)
         entering = np.flatnonzero(((entries.flags & ENTERS) != 0) & (entries.target != 0))
         if len(entering):
             self._enter(entries, entering, out)
@@ -159,6 +167,7 @@ class Learner:
         keys = self.rows.keys[rows]
         self.popularity.weights[rows], self.popularity.cells[rows] = 0.0, 0
         self.encoder.forget(rows)
+        self.model.values.forget(rows)
         self._checks[rows], self._touched[rows] = 0, False
         self.rows.release(rows, LEARNT)
         return keys
@@ -229,6 +238,20 @@ class Learner:
         out.ranker_loss += self.model.ranker.learn(x, place)
         out.lists += 1
 
+    def _value(self, entries: Entries, out: Learned) -> None:
+        """Learn what the outcomes were worth, each after it was predicted."""
+        judged = np.flatnonzero((entries.kind <= ACTION) & (entries.target != 0))
+        if not len(judged):
+            return
+        targets = self.rows.add(entries.target[judged])
+        self.grow()
+        said = self.model.values.learn(entries, judged, targets, self.model.factors.vectors)
+        _mark(targets, self._touched, self.rows.held)
+        rated = entries.kind[judged] == RATING
+        if rated.any():
+            out.rated += int(rated.sum())
+            out.rating_error += float(((said[rated, 0] - entries.value[judged[rated]]) ** 2).sum())
+
     def _enter(self, entries: Entries, entering: I64, out: Learned) -> None:
         k = len(entering)
         start, keys = _keys(entries.target, entries.history_start, entries.history_item, entering)
@@ -254,14 +277,17 @@ class Learner:
         return int(mix64(np.uint64(mix64(np.uint64(self.seed)) ^ np.uint64(first & 0xFFFFFFFFFFFFFFFF))))
 
     def pack_state(self, rows: I64) -> list[bytes]:
-        """Return these rows with optimiser state and counts, 368 B each; `Model.load_rows` reads them too."""
+        """Return these rows with optimiser state and counts, 368 B each, 400 B where an item has statistics.
+
+        `Model.load_rows` reads them too.
+        """
         out = np.zeros(len(rows), STATE_ROW)
         factors = self.model.factors
         out["version"], out["form"], out["check"] = 1, STATE_FORM, self._checks[rows]
         out["bias"], out["vector"] = factors.bias[rows], factors.vectors[rows]
         out["square"], out["bias_square"] = self.encoder.squares[rows], self.encoder.bias_squares[rows]
         out["weights"], out["cells"] = self.popularity.weights[rows], self.popularity.cells[rows]
-        return cut(out)
+        return with_stats(cut(out), self.model.values.stats[rows])
 
     def load_state(self, keys: U64, blobs: list[bytes]) -> I64:
         """Set rows of `keys` u64[k] from `pack_state` and return them; raises CodecError."""
@@ -270,6 +296,7 @@ class Learner:
         self.rows.hold(rows, LEARNT)
         self.grow()
         self._checks[rows] = values["check"]
+        self.model.values.stats[rows] = values["stats"]
         factors = self.model.factors
         factors.bias[rows], factors.vectors[rows] = values["bias"], values["vector"]
         self.encoder.squares[rows], self.encoder.bias_squares[rows] = values["square"], values["bias_square"]

@@ -1,4 +1,4 @@
-"""Everything learnt that scoring needs, in one object: vectors and encoder, prior mixture, ranker, step number.
+"""Everything learnt that scoring needs: vectors and encoder, prior mixture, ranker, values of outcomes, step number.
 
 Knows nothing about how it is trained, stored or delivered. Dense bytes are a versioned map of named arrays; rows are
 packed by `models.factors` for serving (form 1) and by `models.learner` with optimiser state (form 2): both load here.
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from models.decay import GRID
 from models.examples import CodecError
-from models.factors import DIM, Factors, fitted, pack_named, read_rows, unpack_named, whole
+from models.factors import DIM, ROW, Factors, fitted, pack_named, read_rows, unpack_named, whole, with_stats
 from models.ranker import Ranker
 from models.rows import LEARNT, Rows
+from models.values import Values
 
 STATE_ROW: Final = np.dtype(
     [
@@ -34,13 +35,15 @@ STATE_FORM: Final = 2
 class Model:
     """Learnt weights aligned to shared rows.
 
-    factors: `Factors`; ranker: `Ranker`; mixture f64[8], the weights of the eight popularities in the prior; step: int.
+    factors: `Factors`; ranker: `Ranker`; values: `Values`; mixture f64[8], the weights of the eight popularities in the
+    prior; step: int.
     """
 
     def __init__(self, *, rows: Rows) -> None:
         self.rows = rows
         self.factors = Factors(rows=rows)
         self.ranker = Ranker()
+        self.values = Values(rows=rows)
         self.mixture: F64 = np.full(GRID, 1.0 / GRID)
         self.step = 0
 
@@ -49,11 +52,11 @@ class Model:
         factors = self.factors
         return {
             "step": self.step, "mixture": self.mixture, "positions": factors.positions, "start": factors.start,
-            "both": factors.both, **self.ranker.state(),
+            "both": factors.both, **self.values.state(), **self.ranker.state(),
         }  # fmt: skip
 
     def set_dense(self, values: dict[str, Any]) -> None:
-        """Copy named values into the weights; of the ranker, what was not stored keeps its birth value.
+        """Copy named values into the weights; of ranker and values, what was not stored keeps its birth value.
 
         Raises CodecError where one is missing or of another shape, and changes nothing then.
         """
@@ -62,11 +65,12 @@ class Model:
             "mixture": self.mixture, "positions": factors.positions, "start": factors.start, "both": factors.both,
         }  # fmt: skip
         step, found = whole(values, "step"), {name: fitted(values, name, to) for name, to in targets.items()}
-        ranker = self.ranker.read_state(values)
+        ranker, judging = self.ranker.read_state(values), self.values.read_state(values)
         self.step = step
         for name, target in targets.items():
             target[...] = found[name]
         self.ranker.set_state(ranker)
+        self.values.set_state(judging)
 
     def dense_bytes(self) -> bytes:
         """Pack everything that is not per item."""
@@ -81,24 +85,30 @@ class Model:
             raise CodecError(f"dense weights: {type(error).__name__}: {error}") from error
 
     def pack_rows(self, rows: I64) -> list[bytes]:
-        """Return what scoring needs of these rows, 136 B each."""
-        return self.factors.pack_rows(rows)
+        """Return what scoring needs of these rows: 136 B each, 168 B where an item has statistics."""
+        return with_stats(self.factors.pack_rows(rows), self.values.stats[rows])
+
+    def grow(self) -> None:
+        """Follow the shared rows."""
+        self.factors.grow()
+        self.values.grow()
 
     def remove(self, keys: U64) -> None:
         """Forget what was learnt of the items with these hashes u64[k]."""
         rows = np.unique(self.rows.find(keys))
         rows = rows[rows >= 0]
-        self.factors.grow()
+        self.grow()
         self.factors.forget(rows)
+        self.values.forget(rows)
         self.rows.release(rows, LEARNT)
 
     def load_rows(self, keys: U64, blobs: list[bytes]) -> I64:
         """Set rows of `keys` u64[k] from either row form and return them; raises CodecError."""
-        if not blobs or blobs[0][1:2] != bytes([STATE_FORM]):
-            return self.factors.load_rows(keys, blobs)
-        values = read_rows(blobs, STATE_ROW, form=STATE_FORM)
+        form = STATE_FORM if blobs and blobs[0][1:2] == bytes([STATE_FORM]) else 1
+        values = read_rows(blobs, STATE_ROW if form == STATE_FORM else ROW, form=form)
         rows = self.rows.add(keys)
         self.rows.hold(rows, LEARNT)
-        self.factors.grow()
+        self.grow()
         self.factors.bias[rows], self.factors.vectors[rows] = values["bias"], values["vector"]
+        self.values.stats[rows] = values["stats"]
         return rows

@@ -16,13 +16,15 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from models import values
 from models.decay import NAMES, blend, scan
-from models.examples import Shown, item_hash
+from models.examples import AVERSE, TALLY, Shown, item_hash
 from models.factors import mix64
 from models.features import FEATURES as FEATURES
 from models.features import F, Frame, Learnt, Viewer, features
 from models.items import Items
 from models.model import Model
+from models.profile import ProfileView
 from models.ranker import heads
 from models.retrieval import (
     CHANNELS,
@@ -40,6 +42,7 @@ from models.retrieval import (
     top,
 )  # fmt: skip
 from models.rows import mark_low
+from models.values import Judge
 
 U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
@@ -53,16 +56,31 @@ F64 = NDArray[np.float64]
 NONE: Final[U64] = np.empty(0, np.uint64)
 NO_SEEN: Final[U32] = np.empty(0, np.uint32)
 HISTORY_LIMIT: Final = 50
+_VALUED: Final = [heads.NAMES.index(name) for name in values.HEADS]
 
 
 @dataclass(slots=True)
 class History:
-    """What is known of a user when scoring: items u64[h], times f64[h] (s), kinds u8[h], newest first; seen u32[s]."""
+    """What is known of a user when scoring: items u64[h], times f64[h] (s), kinds u8[h], newest first; seen u32[s].
+
+    weights f32[h], none: all 1; averse u64[a], averse_times f64[a]: pushed away, newest first; tally f32[8].
+    """
 
     items: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
     times: F64 = field(default_factory=lambda: np.empty(0))
     kinds: U8 = field(default_factory=lambda: np.empty(0, np.uint8))
     seen: U32 = field(default_factory=lambda: np.empty(0, np.uint32))
+    weights: F32 = field(default_factory=lambda: np.empty(0, np.float32))
+    averse: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
+    averse_times: F64 = field(default_factory=lambda: np.empty(0))
+    tally: F32 = field(default_factory=lambda: np.zeros(len(TALLY), np.float32))
+
+    @classmethod
+    def of(cls, view: ProfileView) -> History:
+        """Return what a profile says."""
+        return cls(
+            view.items, view.times, view.kinds, view.seen, view.weights, view.averse, view.averse_times, view.tally
+        )
 
 
 @dataclass(slots=True)
@@ -129,7 +147,7 @@ def recommend(
     """Answer a request from the arrays; scoring changes nothing. An empty catalogue gives an empty slate."""
     marks = [clock()] if clock else []
     items.grow()
-    model.factors.grow()
+    model.grow()
     n = items.n
     frame = items.popularity.at(request.now)
     viewer = _viewer(items, history, request)
@@ -143,7 +161,7 @@ def recommend(
         place,
     )  # fmt: skip
     marks += [clock()] if clock else []
-    x, said = _rank(items, model, viewer, request, rows, q, frame, place)
+    x, said = _rank(items, model, viewer, _judge(items, history, viewer), request, rows, q, frame, place)
     scores = heads.total(said, request.weights)
     marks += [clock()] if clock else []
     drawn, propensities = draw(scores, request)
@@ -165,8 +183,15 @@ def _viewer(items: Items, history: History, request: Request) -> Viewer:
     return Viewer(items.rows.find(history.items[:HISTORY_LIMIT]), history.times[:HISTORY_LIMIT], own)
 
 
+def _judge(items: Items, history: History, viewer: Viewer) -> Judge:
+    h = len(viewer.history)
+    weights = history.weights[:h] if len(history.weights) else np.ones(h, np.float32)
+    averse = items.rows.find(history.averse[:AVERSE])
+    return Judge(viewer.history, history.kinds[:h], np.ascontiguousarray(weights), averse, history.tally)
+
+
 def _rank(
-    items: Items, model: Model, viewer: Viewer, request: Request, rows: I64, q: F32,
+    items: Items, model: Model, viewer: Viewer, judge: Judge, request: Request, rows: I64, q: F32,
     frame: tuple[NDArray[np.int32], F64, F64, float], place: NDArray[np.int32],
 ) -> tuple[F64, F64]:  # fmt: skip
     """Return the features f64[m, F] and the heads f64[m, H] of distinct rows; each row's depend on that row alone."""
@@ -178,6 +203,8 @@ def _rank(
     )  # fmt: skip
     said = np.zeros((len(rows), len(heads.HEADS)))
     said[:, heads.CLICK] = model.ranker.score(x)
+    if request.trace or np.delete(request.weights, heads.CLICK).any():
+        said[:, _VALUED] = model.values.score(rows, judge, model.factors.vectors)
     return x, said
 
 
@@ -188,12 +215,12 @@ def score_items(items: Items, model: Model, history: History, request: Request, 
     """
     spare = items.rows.spare()
     items.grow()
-    model.factors.grow()
+    model.grow()
     viewer, rows = _viewer(items, history, request), items.rows.find(keys)
     rows, of = np.unique(np.where(rows < 0, spare, rows), return_inverse=True)
     q, frame = model.factors.encode(viewer.history), items.popularity.at(request.now)
     place = np.full(items.rows.capacity, -1, np.int32)
-    _, said = _rank(items, model, viewer, request, rows, q, frame, place)
+    _, said = _rank(items, model, viewer, _judge(items, history, viewer), request, rows, q, frame, place)
     scores: F64 = heads.total(said, request.weights)[of]
     return scores
 

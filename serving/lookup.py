@@ -162,8 +162,7 @@ def history_of(read: UserRead | None) -> History:
     """Return the sequence and the seen items of a profile, newest first; empty without one; raises CodecError."""
     if read is None or (read.profiles[0] is None and read.seen[0] is None):
         return _NOBODY
-    view = unpack(read.profiles[0], read.seen[0])
-    return History(items=view.items, times=view.times, kinds=view.kinds, seen=view.seen)
+    return History.of(unpack(read.profiles[0], read.seen[0]))
 
 
 _NOBODY: Final = History(

@@ -104,9 +104,9 @@ class LearnerSubject(Subject):
 
     def from_bytes(self, state: dict[int | str, bytes]) -> None:
         keys = [key for key in state if isinstance(key, int)]
-        width = STATE_ROW.itemsize
-        self.learner.load_state(np.array(keys, np.uint64), [state[key][:width] for key in keys])
-        self.items.load(np.array(keys, np.uint64), [state[key][width + 1 :] for key in keys])
+        width = {key: STATE_ROW.itemsize + 32 * (state[key][0] == 2) for key in keys}
+        self.learner.load_state(np.array(keys, np.uint64), [state[key][: width[key]] for key in keys])
+        self.items.load(np.array(keys, np.uint64), [state[key][width[key] + 1 :] for key in keys])
         self.learner.load_dense(state["dense"])
         self.items.load_totals(state["totals"])
 

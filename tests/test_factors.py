@@ -130,7 +130,7 @@ def test_rows_round_trip_in_half_precision() -> None:
     other.load_rows(keys, encoder.factors.pack_rows(np.arange(10)))
     np.testing.assert_allclose(other.vectors[:10], encoder.factors.vectors[:10], atol=1e-3)
     assert [len(blob) for blob in other.pack_rows(np.arange(2))] == [136, 136]
-    with pytest.raises(CodecError, match="version 1, form 1"):
+    with pytest.raises(CodecError, match="version 1 or 2, form 1"):
         other.load_rows(keys[:1], [b"\x02" * 136])
 
 

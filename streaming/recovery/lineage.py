@@ -248,7 +248,7 @@ def _distance(a: bytes, b: bytes) -> float:
     from models.model import STATE_FORM, STATE_ROW
 
     x, y = (read_rows([data], STATE_ROW, form=STATE_FORM) for data in (a, b))
-    names = [name for name in STATE_ROW.names or () if STATE_ROW[name].base.kind == "f"]
+    names = [name for name in x.dtype.names or () if x.dtype[name].base.kind == "f"]
     return max(_apart(x[name], y[name]) for name in names)
 
 

@@ -49,6 +49,7 @@ class Trail:
 
     events: their places in the log; lengths: entries of the user's sequence before; earlier: the item's targets before.
     judged: (place in the log, score) of every target and every hated item, where the log has hated ones.
+    rated: (place in the log, ratings, sum of their squared errors in values from -1 to 1), each before it was learnt.
     """
 
     events: list[int] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Trail:
     places: list[NDArray[np.uint16]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     earlier: list[int] = field(default_factory=list)
+    rated: list[tuple[int, int, float]] = field(default_factory=list)
     slates: int = 0
     recommend_s: float = 0.0
     learn_s: float = 0.0
@@ -135,7 +137,7 @@ class Replay:
         if read.profiles[0] is None:
             return History()
         view = unpack(read.profiles[0], read.seen[0])
-        return History(view.items, view.times, view.kinds, view.seen)
+        return History.of(view)
 
     def _request(self, event: Interaction, exclude: NDArray[np.uint64]) -> Request:
         return Request(
@@ -191,7 +193,9 @@ class Replay:
     def learn_entries(self, entries: Entries) -> None:
         """Let items and learner learn; what measures a late learner holds entries back here."""
         self.items.fold(entries)
-        self.learner.learn(entries)
+        learned = self.learner.learn(entries)
+        if learned.rated:
+            self.trail.rated.append((self.trail.events[-1], learned.rated, learned.rating_error))
 
     def _describe(self, item_id: str) -> None:
         """Set the catalogue entry of an item whose first event was folded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +13,7 @@ from models import metrics
 from models.decay import GRID, NAMES
 from models.learner import Learner
 from models.retrieval import CHANNELS, NOT_FOUND, QUOTAS
+from streaming.events import Rating
 from streaming.replay.logs import TARGET, ReplayError, ReplayLog, roles
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[st
         "never_seen_share": float((~seen).mean()),
         "retrieved_share": float(np.isfinite(rank[seen]).mean()) if seen.any() else 0.0,
         **_judged(log, trail, owners),
+        **_rated(log, trail),
         "over_time": _over_time(times, rank, popularity[:, best]),
         "by_history_length": _by_length(rank, popularity[:, best], np.array(trail.lengths)),
         "cold_start": _cold_start(trail, rank, popularity[:, best], users),
@@ -77,6 +80,19 @@ def _pair(rank: F64, baseline: F64) -> dict[str, Any]:
         "events": len(rank), **metrics.summary(rank),
         "popularity": {"ndcg@10": metrics.summary(baseline)["ndcg@10"]},
     }  # fmt: skip
+
+
+def _rated(log: ReplayLog, trail: Trail) -> dict[str, Any]:
+    """Root of the mean squared error of ratings on their own scale, each predicted before it was learnt."""
+    count = sum(rated for _, rated, _ in trail.rated)
+    if not count:
+        return {}
+    error = 0.0
+    for place, _, squared in trail.rated:
+        event = log.events[place]
+        low, high = event.scale if isinstance(event, Rating) else (-1.0, 1.0)
+        error += squared * (0.5 * (high - low)) ** 2
+    return {"rating_rmse": math.sqrt(error / count), "ratings": count}
 
 
 def _judged(log: ReplayLog, trail: Trail, owners: NDArray[np.int64]) -> dict[str, Any]:

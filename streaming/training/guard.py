@@ -44,8 +44,8 @@ def unsound(rows: Sequence[bytes], dense: bytes) -> str:
     """Return which packed rows or dense weights are not finite, "" where all are; raises CodecError."""
     if rows:
         values = read_rows(list(rows), STATE_ROW, form=STATE_FORM)
-        for name in STATE_ROW.names or ():
-            if STATE_ROW[name].base.kind == "f" and not np.isfinite(values[name]).all():
+        for name in values.dtype.names or ():
+            if values.dtype[name].base.kind == "f" and not np.isfinite(values[name]).all():
                 bad = ~np.isfinite(values[name]).reshape(len(values), -1).all(1)
                 return f"{int(bad.sum())} of {len(values)} rows: {name} is not finite"
     for name, value in (unpack_named(dense) if dense else {}).items():
