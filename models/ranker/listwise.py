@@ -45,9 +45,10 @@ F64 = NDArray[np.float64]
 @njit(cache=True)
 def _cut(flat):  # type: ignore[no-untyped-def]
     """Return the parts of a flat f32 vector: linear[F], skip[F], hidden[F, 32], offset[32], output[32]."""
-    end = 2 * F + F * HIDDEN
-    hidden = flat[2 * F : end].reshape(F, HIDDEN)
-    return flat[:F], flat[F : 2 * F], hidden, flat[end : end + HIDDEN], flat[end + HIDDEN :]
+    width = (len(flat) - 2 * HIDDEN) // (2 + HIDDEN)  # F, which compiled code kept on disk must not know as a constant
+    end = 2 * width + width * HIDDEN
+    hidden = flat[2 * width : end].reshape(width, HIDDEN)
+    return flat[:width], flat[width : 2 * width], hidden, flat[end : end + HIDDEN], flat[end + HIDDEN :]
 
 
 @njit(cache=True)
@@ -71,7 +72,7 @@ def _score(x, moments, flat, network, out):  # type: ignore[no-untyped-def]
     """Fill out f64[m] with the scores of features x f64[m, F]."""
     m = len(x)
     wide = kernels.padded(m)
-    z, scores = np.empty((F, wide), np.float32), np.empty(wide, np.float32)
+    z, scores = np.empty((x.shape[1], wide), np.float32), np.empty(wide, np.float32)
     kernels.columns(x, z)
     kernels.normalise(z, moments[0], moments[1])
     if network:
@@ -91,7 +92,8 @@ def _learn(halves, label, numbers, moments, flat, squares, slowest):  # type: ig
     """
     m = len(halves)
     wide = kernels.padded(m)
-    z, scores, p = np.empty((F, wide), np.float32), np.empty(wide, np.float32), np.empty(wide, np.float32)
+    z = np.empty((halves.shape[1], wide), np.float32)
+    scores, p = np.empty(wide, np.float32), np.empty(wide, np.float32)
     if not kernels.columns_of_halves(halves, z):
         return 0.0, 0.0
     numbers[0] += 1.0
