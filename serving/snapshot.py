@@ -167,7 +167,7 @@ def _finite(
     keys: list[int], blobs: list[bytes], wrong: list[str], values: NDArray[Any]
 ) -> tuple[list[int], list[bytes], list[str]]:
     """Leave out vectors that are not finite: one of them would spoil every score it is part of."""
-    fine = np.isfinite(values["vector"]).all(1) & np.isfinite(values["bias"])
+    fine = np.isfinite(values["vector"]).all(1) & np.isfinite(values["stats"]).all(1) & np.isfinite(values["bias"])
     if fine.all():
         return keys, blobs, wrong
     bad = [f"model row {key:016x}: its vector is not finite" for key, good in zip(keys, fine, strict=True) if not good]

@@ -126,7 +126,7 @@ class Trainer:
         self.guard, self.suspicion = Guard(), ""
         self.notes: list[dict[str, Any]] = []
         self._sizes: list[int] = []
-        self._step_seed = 0
+        self._step_seed = self._unpinned = 0
 
     async def load(self) -> None:
         """Read the last committed step, with the epoch of its log; raises StoredBytesError."""
@@ -329,7 +329,8 @@ class Trainer:
         if record.note:
             self.refused += record.note.startswith("refused")
             self.notes = [*self.notes, {n: getattr(record, n) for n in ("step", "first", "next", "note")}][-NOTES:]
-        self.pin = record.pin if record.pin >= 0 else self.pin
+        if record.pin >= 0:
+            self._unpinned, self.pin = self.pin, record.pin
         head = {
             "next": str(self.next), "step": str(record.step), "dense": learner.dense_state(),
             "marks": msgspec.json.encode({str(p): o for p, o in sorted(self.marks.items())}),
@@ -364,8 +365,9 @@ class Trainer:
                 step=step, first=record.first, following=record.next, keys=keys, vectors=vectors, dense=dense, gone=gone
             ),
         )
-        if record.pin >= 0 and self._versions is not None:
-            await persist("pin", self._versions.drop_copies)
+        if self._unpinned and (versions := self._versions) is not None:
+            await persist("pin", lambda: versions.drop_copy(self._unpinned))
+            self._unpinned = 0
 
     # -- going back ---------------------------------------------------------------------------------------------------
 
@@ -427,7 +429,7 @@ class Trainer:
         return None
 
     async def _version(self, number: int, identity: int = 0) -> State:
-        """Return a version's state, and learn on from it."""
+        """Return a version's state and learn on from it; raises VersionError and is as before where it cannot be."""
         if self._versions is None:
             raise VersionError("no versions are kept here")
         found = await self._versions.read(number, identity)

@@ -117,9 +117,11 @@ class ByWalk:
         """Write a number into a learnt row in Redis, of the item most often met; return the item's hash."""
         from models.model import STATE_ROW
 
-        rows = dict((await self.store.load())[1])
-        chosen = key or max(rows, key=lambda k: float(np.frombuffer(rows[k], STATE_ROW)["weights"][0, -1]))
-        row: Any = np.frombuffer(rows[chosen], STATE_ROW).copy()
+        rows, size = dict((await self.store.load())[1]), STATE_ROW.itemsize
+        chosen = key or max(rows, key=lambda k: float(np.frombuffer(rows[k][:size], STATE_ROW)["weights"][0, -1]))
+        row: Any = np.frombuffer(rows[chosen][:size], STATE_ROW).copy()
         row[name] = value
-        await self.client.hset(self.store.keys.model_rows(chosen & 255), chosen.to_bytes(8, "little"), row.tobytes())
+        await self.client.hset(
+            self.store.keys.model_rows(chosen & 255), chosen.to_bytes(8, "little"), row.tobytes() + rows[chosen][size:]
+        )
         return chosen

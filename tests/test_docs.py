@@ -141,7 +141,7 @@ def test_every_redis_key() -> None:
     from streaming.state import Keys
 
     keys = Keys("fr", 1)
-    arguments: dict[str, object] = {"partition": 7, "user": "<user>", "bucket": 9, "name": "<name>"}
+    arguments: dict[str, object] = {"partition": 7, "user": "<user>", "bucket": 9, "version": 4, "name": "<name>"}
     found = set()
     for name, member in inspect.getmembers_static(Keys):
         if name.startswith("_") or name in {item.name for item in dataclasses.fields(Keys)} | {"prefix"}:
@@ -149,7 +149,7 @@ def test_every_redis_key() -> None:
         value = getattr(keys, name)
         if inspect.isfunction(member):
             value = value(*(arguments[parameter] for parameter in inspect.signature(value).parameters))
-        found.add(str(value).replace("{u7}", "{u<p>}").replace(":9", ":<bucket>"))
+        found.add(str(value).replace("{u7}", "{u<p>}").replace(":9", ":<bucket>").replace(":4", ":<version>"))
     assert len(found) > 8
     missing = [key for key in found if f"`{key}`" not in docs()]
     assert not missing, f"README.md does not name {missing}"

@@ -137,6 +137,7 @@ async def test_resume_refills_the_join_window(settings: Settings) -> None:
     client = connect(settings.redis)
     straight = Trainer(store=ModelStore(client, Keys(settings.namespace, 1)), cluster="c")
     halted = Trainer(store=ModelStore(client, Keys(settings.namespace, 2)), cluster="c")
+    held = 0
     for at in range(0, len(RECORDS), 20):
         part = [(at + i, record) for i, record in enumerate(RECORDS[at : at + 20])]
         for trainer in (straight, halted):
@@ -149,7 +150,8 @@ async def test_resume_refills_the_join_window(settings: Settings) -> None:
         halted.end_refill()
         assert list(halted.learner.window) == list(straight.learner.window)
         assert halted.marks == straight.marks
-    assert len(straight.learner.window) > 3
+        held = max(held, len(straight.learner.window))
+    assert held > 3
     assert halted.learner.dense_state() == straight.learner.dense_state()
     assert _rows(halted.learner) == _rows(straight.learner)
     await client.aclose()

@@ -112,10 +112,10 @@ def test_what_is_not_finite_is_named() -> None:
 def test_a_file_is_whole_or_refused(settings: Settings) -> None:
     about = Version(version=5, identity=2**63, parent=3, next=9, made=1.0, learnt=4, items=2, generation=1)
     folder = settings.data_path / "versions" / f"{settings.namespace}@1"
-    size = write(folder, Checkpoint(about, [7, 2**64 - 1], [b"a" * 10, b"b" * 10], b"dense"))
+    size = write(folder, Checkpoint(about, [7, 2**64 - 1], [b"a" * 10, b"b" * 12], b"dense"))
     path = folder / "5.version"
     found = read(path)
-    assert (found.keys, found.rows, found.dense) == ([7, 2**64 - 1], [b"a" * 10, b"b" * 10], b"dense")
+    assert (found.keys, found.rows, found.dense) == ([7, 2**64 - 1], [b"a" * 10, b"b" * 12], b"dense")
     assert found.about == about
     told = described(path)
     assert told is not None
@@ -177,11 +177,17 @@ async def test_what_cannot_be_done_changes_nothing_and_is_told(walk: ByWalk) -> 
         Control("pin", 98),
     )  # fmt: skip
     await walk.learn(0, *controls)
-    (walk.folder / f"{one.version}.version").unlink()
+    path = walk.folder / f"{one.version}.version"
+    found = read(path)
+    found.rows = [row[:-1] for row in found.rows]  # as a build with other columns wrote them
+    write(walk.folder, found)
+    await walk.learn(0, Control("rollback", one.version, one.identity), Control("pin", one.version))
+    path.unlink()
     await walk.learn(0, Control("rollback", one.version, one.identity))
     assert rows_of(walk.trainer.learner) == before
     notes = [note["note"] for note in (await told_versions(walk.store))["notes"]]
-    assert len(notes) == len(controls) + 1
+    assert len(notes) == len(controls) + 3
+    assert ["of another build" in note for note in notes[-3:]] == [True, True, False]
     assert all("not done" in note for note in notes)
     assert notes[0] == f"rollback 99 not done: no version 99, only {one.version}"
     await walk.learn(10)
@@ -213,12 +219,14 @@ async def test_a_file_of_a_later_step_than_redis_knows_is_of_another_line(walk: 
     one = await walk.version()
     kept = await walk.store.load()
     await walk.learn(20)
-    await walk.version()
+    lost = await walk.version()
     await walk.client.delete(walk.store.head_key, *(walk.store.keys.model_rows(b) for b in range(256)))
     head, rows = kept
     await walk.store.commit(expected=0, head=head, keys=[k for k, _ in rows], values=[v for _, v in rows])
     await walk.start()
     assert [about.version for about in walk.versions.kept] == [one.version]
+    assert sorted(path.name for path in walk.folder.iterdir()) == [f"{one.version}.version", f"{lost.version}.aside"]
+    assert found_by_identity(walk.settings, lost.identity) is not None
     await walk.go_on()
     await walk.retraced()
 
@@ -398,3 +406,75 @@ async def test_a_version_that_is_not_finite_is_refused(walk: ByWalk) -> None:
     ]  # fmt: skip
     await walk.learn(10)
     await walk.retraced()
+
+
+# -- everything at once -----------------------------------------------------------------------------------------------
+
+
+class Rewound:
+    """The model's keys as they were, to be put back: what Redis may lose when its machine crashes."""
+
+    def __init__(self, walk: ByWalk) -> None:
+        self._walk, self._kept = walk, dict[bytes, bytes]()
+
+    async def _names(self) -> list[bytes]:
+        pattern = self._walk.store.keys.prefix + ":{model}:*"
+        return [name async for name in self._walk.client.scan_iter(pattern, count=5000)]
+
+    async def keep(self) -> None:
+        """Remember the keys."""
+        self._kept = {name: await self._walk.client.dump(name) for name in await self._names()}
+
+    async def put_back(self) -> None:
+        """Set them to what they were."""
+        if names := await self._names():
+            await self._walk.client.unlink(*names)
+        for name, value in self._kept.items():
+            await self._walk.client.restore(name, 0, value)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.timeout(300)
+async def test_any_order_of_all_that_may_happen_is_retraced(
+    walk: ByWalk, snapshot: Snapshot, settings: Settings, seed: int
+) -> None:
+    """Learning, versions, controls, a poisoned memory and Redis, restarts, a Redis rolled back: always one line."""
+    rng, rewound, met = np.random.default_rng(seed), Rewound(walk), set[str]()
+    await rewound.keep()
+    snapshot.start()
+    names = ("version", "rollback", "pin", "unpin", "poison", "poisoned Redis", "restart", "keep", "put back")
+    for _ in range(24):
+        await walk.learn(int(rng.integers(1, 8)))
+        name = str(rng.choice(names))
+        kept = walk.versions.kept
+        one = kept[int(rng.integers(len(kept)))] if kept else None
+        met.add(name)
+        if name == "version":
+            await walk.version()
+        elif name in ("rollback", "pin") and one is not None:
+            await walk.learn(2, Control(name, one.version, one.identity))
+        elif name == "unpin":
+            await walk.learn(1, Control("unpin"))
+        elif name == "poison":
+            walk.trainer.learner.model.factors.start[0, 0] = np.inf
+        elif name == "poisoned Redis" and kept:
+            await walk.write_row("square", np.nan)
+            await walk.start()
+        elif name == "restart":
+            await walk.start()
+        elif name == "keep":
+            await rewound.keep()
+        elif name == "put back":
+            await rewound.put_back()
+            await walk.start()
+            await walk.go_on()
+    await walk.learn(3)
+    assert len(met) >= 6
+    await walk.retraced()
+    pin = walk.trainer.pin
+    wanted = await walk.versions.served_copy(pin) if pin else walk.trainer._own()
+    late = Snapshot(connect(settings.redis), connect(settings.redis), namespace=settings.namespace)
+    late.start()
+    for one_api in (snapshot, late):
+        await _serves(one_api, wanted, pin or walk.trainer.steps)
+    await late.stop()

@@ -1,11 +1,11 @@
 """Versions: checkpoints of the learner in files, the last KEEP of them, and the list of them in Redis.
 
     a version  after 100,000 examples or 5 minutes, whichever comes first, where something was learnt
-    its bytes  rows x 368 B and the dense weights: 368 MB with a million items
+    its bytes  the packed rows, 368 or 400 B each, and the dense weights: 380 to 412 MB with a million items
 
 Files, not Redis: eight of them would be 3 GB of its memory. `<data>/versions/<namespace>@<generation>/<number>.version`
 lies in the learner's data folder; the number is that of the step. Redis holds the list, which everyone reads, and of a
-version that is pinned a copy of what serving needs (136 B an item), which API processes on other machines load.
+version that is pinned a copy of what serving needs (136 or 168 B an item), which API processes on other machines load.
 A file is whole or not there: written aside, flushed, renamed. Its digest is compared before anything is taken from it.
 """
 
@@ -17,6 +17,7 @@ import os
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -34,11 +35,12 @@ REFUSED: Final = 8
 """Refused ones that are told of."""
 EVERY_EXAMPLES: Final = 100_000
 EVERY_S: Final = 300.0
+ASIDE: Final = ".aside"
 PIECE: Final = 1 << 16
 """Rows copied at once."""
 _MAGIC: Final = b"FRV\x01"
-_LENGTHS: Final = struct.Struct("<IQIQ")
-"""Bytes of the description, rows, bytes of each, bytes of the dense weights."""
+_LENGTHS: Final = struct.Struct("<IQQQ")
+"""Bytes of the description, number of rows, bytes of all of them, bytes of the dense weights."""
 
 
 class VersionError(RuntimeError):
@@ -87,14 +89,13 @@ def _name(version: int) -> str:
 
 def write(folder: Path, checkpoint: Checkpoint) -> int:
     """Write a version's file and return its bytes; raises OSError."""
-    width = len(checkpoint.rows[0]) if checkpoint.rows else 0
     about = msgspec.msgpack.encode(checkpoint.about)
     digest, size = xxhash.xxh3_128(), 0
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / _name(checkpoint.about.version)
     part = path.with_suffix(".part")
     with part.open("wb") as file:
-        for piece in _pieces(checkpoint, about, width):
+        for piece in _pieces(checkpoint, about):
             digest.update(piece)
             size += file.write(piece)
         size += file.write(digest.digest())
@@ -109,14 +110,16 @@ def write(folder: Path, checkpoint: Checkpoint) -> int:
     return size
 
 
-def _pieces(checkpoint: Checkpoint, about: bytes, width: int) -> Iterator[bytes]:
-    rows, keys = checkpoint.rows, checkpoint.keys
-    yield _MAGIC + _LENGTHS.pack(len(about), len(rows), width, len(checkpoint.dense)) + about
-    for first in range(0, len(rows), PIECE):
-        yield struct.pack(f"<{len(keys[first : first + PIECE])}Q", *keys[first : first + PIECE])
+def _pieces(checkpoint: Checkpoint, about: bytes) -> Iterator[bytes]:
+    rows, keys, dense = checkpoint.rows, checkpoint.keys, checkpoint.dense
+    yield _MAGIC + _LENGTHS.pack(len(about), len(rows), sum(map(len, rows)), len(dense)) + about
+    for kind, values in (("Q", keys), ("I", list(map(len, rows)))):
+        for first in range(0, len(rows), PIECE):
+            piece = values[first : first + PIECE]
+            yield struct.pack(f"<{len(piece)}{kind}", *piece)
     for first in range(0, len(rows), PIECE):
         yield b"".join(rows[first : first + PIECE])
-    yield checkpoint.dense
+    yield dense
 
 
 def read(path: Path) -> Checkpoint:
@@ -126,17 +129,30 @@ def read(path: Path) -> Checkpoint:
     except OSError as error:
         raise VersionError(f"{path}: {error.strerror}") from error
     try:
-        body, (about, count, width, dense) = memoryview(data)[:-16], _LENGTHS.unpack_from(data, len(_MAGIC))
+        body, (about, count, size, dense) = memoryview(data)[:-16], _LENGTHS.unpack_from(data, len(_MAGIC))
         if data[: len(_MAGIC)] != _MAGIC or xxhash.xxh3_128_digest(body) != data[-16:]:
             raise ValueError("its digest is another")
         at = len(_MAGIC) + _LENGTHS.size
         told = msgspec.msgpack.decode(body[at : at + about], type=Version)
         at += about
         keys, at = list(struct.unpack_from(f"<{count}Q", body, at)), at + 8 * count
-        rows = [bytes(body[i : i + width]) for i in range(at, at + count * width, width)] if width else []
-        return Checkpoint(told, keys, rows, bytes(body[at + count * width : at + count * width + dense]))
+        ends, at = list(accumulate(struct.unpack_from(f"<{count}I", body, at), initial=at + 4 * count)), at + 4 * count
+        rows = [bytes(body[i:j]) for i, j in pairwise(ends)]
+        return Checkpoint(told, keys, rows, bytes(body[at + size : at + size + dense]))
     except (ValueError, struct.error, msgspec.MsgspecError) as error:
         raise VersionError(f"{path}: damaged, it is not what was written ({error})") from error
+
+
+def _fit(path: Path) -> Checkpoint:
+    """Read a version that this build can take over; raises VersionError."""
+    found = read(path)
+    try:
+        wrong = unsound(found.rows, found.dense)
+    except CodecError as error:
+        raise VersionError(f"{path}: of another build ({error})") from error
+    if wrong:
+        raise VersionError(f"{path}: {wrong}")
+    return found
 
 
 def described(path: Path) -> Version | None:
@@ -152,7 +168,7 @@ def described(path: Path) -> Version | None:
 
 def found_by_identity(settings: Settings, identity: int) -> Checkpoint | None:
     """Return a version of any generation by the identity of its step, where a whole file of it is kept here."""
-    for path in sorted((settings.data_path / "versions").glob(f"{settings.namespace}@*/*.version")):
+    for path in sorted((settings.data_path / "versions").glob(f"{settings.namespace}@*/*")):
         about = described(path)
         if about is not None and about.identity == identity:
             with contextlib.suppress(VersionError):
@@ -185,16 +201,21 @@ class Versions:
     async def load(self, step: int, pin: int) -> None:
         """Take stock at the start, when the learner stands at `step`: the files decide, and the list is written anew.
 
-        A file of a later step is not of this line any more: Redis lost the end of what was committed.
+        A file of a later step is not of this line any more: Redis lost the end of what was committed, or all of it.
+        It is laid aside, the last KEEP of them: a rebuild along the logged steps may still want it.
         """
         told = {about.version: about for about in await read_list(self._store)}
         self.known = {number: about for number, about in told.items() if about.refused and number <= step}
         for path in sorted(self.folder.glob("*")):
-            about = described(path) if path.suffix == ".version" else None
-            if about is None or about.version > step or path.name != _name(about.version):
+            about = described(path)
+            if about is None or path.suffix == ".part":
                 path.unlink(missing_ok=True)
-            else:
+            elif about.version > step and path.suffix == ".version":
+                path.rename(path.with_suffix(ASIDE))
+            elif path.suffix == ".version":
                 self.known[about.version] = about
+        for path in sorted(self.folder.glob(f"*{ASIDE}"), key=lambda path: path.stat().st_mtime)[:-KEEP]:
+            path.unlink()
         for number in told.keys() - self.known.keys():
             await self._unlist(number)
         for about in self.known.values():
@@ -239,7 +260,7 @@ class Versions:
             raise VersionError(f"no version {number}, only {kept}")
         if identity not in (0, about.identity):
             raise VersionError(f"version {number} is another one than was meant: it was made again since")
-        return await asyncio.to_thread(read, self.folder / _name(number))
+        return await asyncio.to_thread(_fit, self.folder / _name(number))
 
     async def serve_copy(self, number: int, rows: Mapping[int, bytes], dense: bytes) -> None:
         """Write what serving needs of a version where every API process can load it."""
@@ -254,11 +275,9 @@ class Versions:
         """Return the rows of the copy; empty where there is none."""
         return dict((await self._store.pinned(number).load([]))[1])
 
-    async def drop_copies(self) -> None:
-        """Delete the copies of versions that are not pinned."""
-        pin = int((await self._store.head()).get("pin", 0))
-        for number in self.known.keys() - {pin}:
-            await self._store.pinned(number).wipe()
+    async def drop_copy(self, number: int) -> None:
+        """Delete the copy of a version that is not pinned any more."""
+        await self._store.pinned(number).wipe()
 
 
 async def read_list(store: ModelStore) -> Sequence[Version]:
