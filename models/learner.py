@@ -304,7 +304,10 @@ class Learner:
         return rows
 
     def dense_state(self) -> bytes:
-        """Return everything that is not per item: dense weights, optimiser, totals, ring of recent targets."""
+        """Return everything that is not per item: dense weights, optimiser, totals, ring of recent targets.
+
+        Every array of floats in it, as in the rows, is finite: the guard refuses a step that holds another.
+        """
         encoder = self.encoder
         return pack_named(
             {
