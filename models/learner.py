@@ -25,9 +25,14 @@ from models.examples import ACTION, ENTERS, IMPRESSION, RATING, VIEW, CodecError
 from models.factors import POSITIONS, cut, fitted, mix64, pack_named, read_rows, unpack_named, whole, with_stats
 from models.features import F
 from models.model import STATE_FORM, STATE_ROW, Model
+from models.ranker import drift
 from models.rows import LEARNT, Rows
 
 MIXTURE_RATE: Final = 0.002
+CALIBRATED: Final = 0.25
+"""Share of slates, by hash, that the calibration learns: two numbers need no more, and the others cost nothing."""
+WATCHED: Final = ("linear", "network", "encoder")
+"""Models whose prequential losses are watched for drift."""
 ROOM: Final = 32
 """Where items are too many, one in so many of the cap leaves beside those above it: not every step finds some."""
 WINDOW_S: Final = 3600.0
@@ -42,9 +47,10 @@ U64 = NDArray[np.uint64]
 
 @dataclass(slots=True)
 class Learned:
-    """What one micro-batch did: events learnt, outcomes joined to a slate, lists the ranker learnt, summed losses.
+    """What one micro-batch did: events learnt, outcomes joined to a slate, lists the ranker learnt, losses, alarms.
 
     rated: ratings; rating_error: the sum of their squared errors before each was learnt, of values from -1 to 1.
+    calibrated: of each slate that the calibration learnt, (probabilities before f64[k], what was chosen f64[k]).
     """
 
     entered: int = 0
@@ -54,6 +60,8 @@ class Learned:
     ranker_loss: float = 0.0
     rated: int = 0
     rating_error: float = 0.0
+    alarms: int = 0
+    calibrated: list[tuple[F64, F64]] = field(default_factory=list)
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,7 +78,10 @@ START: Final = Origin(0, -np.inf)
 
 @dataclass(slots=True)
 class Held:
-    """One slate of the join window; `listed`: features of all candidates were logged, else of the shown items only."""
+    """One slate of the join window; `listed`: features of all candidates were logged, else of the shown items only.
+
+    settled: an outcome joined it, with which it was calibrated.
+    """
 
     shown: Shown
     listed: bool
@@ -78,6 +89,7 @@ class Held:
     origin: Origin
     chosen: set[int] = field(default_factory=set)
     viewed: set[int] = field(default_factory=set)
+    settled: bool = False
 
 
 class Learner:
@@ -96,6 +108,7 @@ class Learner:
         self.stream_time = -np.inf
         self.learnt = 0
         self.collided = self.unreadable = 0
+        self.watches = {name: drift.Watch() for name in WATCHED}
         self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._checks: NDArray[np.uint16] = np.zeros(0, np.uint16)
         self.grow()
@@ -113,8 +126,12 @@ class Learner:
         """Learn one micro-batch of entries, which came with the record that began at `origin`."""
         out = Learned()
         entries = self._apart(entries)
-        for slate, target in self._join(entries, origin):
+        pairs, left = self._join(entries, origin)
+        for slate in left:
+            self._calibrate(slate, None, True, out)
+        for slate, target, first in pairs:
             out.joined += 1
+            self._calibrate(slate, target, first, out)
             self._rank(slate, target, out)
         if entries.version > 1:  # before that an entry does not say how its user rates
             self._value(entries, out)
@@ -125,8 +142,7 @@ class Learner:
 
     def refill(self, entries: Entries, origin: Origin) -> None:
         """Let entries pass through the join window only: what a restart does before it goes on learning."""
-        for _ in self._join(self._apart(entries), origin):
-            pass
+        self._join(self._apart(entries), origin)
 
     def take_over(self, other: Learner) -> None:
         """Go on with another's join window and stream time, which follow from the log alone: weights went back."""
@@ -184,14 +200,15 @@ class Learner:
         self._touched[changed] = False
         return changed
 
-    def _join(self, entries: Entries, origin: Origin) -> list[tuple[Held, int]]:
-        pairs = []
+    def _join(self, entries: Entries, origin: Origin) -> tuple[list[tuple[Held, int, bool]], list[Held]]:
+        """Return (slate, chosen, whether that is the slate's first outcome), and the slates that left without one."""
+        pairs, left = [], []
         rows = zip(entries.kind.tolist(), entries.flags.tolist(), entries.time.tolist(), strict=True)
         for i, (kind, flags, time) in enumerate(rows):
             self.stream_time = max(self.stream_time, time)
             if kind == IMPRESSION:
                 try:
-                    self._hold(Shown.from_bytes(entries.extra[i]), origin)
+                    left += self._hold(Shown.from_bytes(entries.extra[i]), origin)
                 except CodecError:  # the item agent dead-letters it
                     self.unreadable += 1
             elif kind == VIEW or flags & ENTERS:
@@ -201,19 +218,24 @@ class Learner:
                     held.viewed.add(target)
                 elif held is not None:
                     held.chosen.add(target)
-                    pairs.append((held, target))
-        return pairs
+                    pairs.append((held, target, not held.settled))
+                    held.settled = True
+        return pairs, left
 
-    def _hold(self, shown: Shown, origin: Origin) -> None:
+    def _hold(self, shown: Shown, origin: Origin) -> list[Held]:
+        left: list[Held] = []
         if shown.slate in self.window or len(shown.candidates) < 2 or shown.features.shape[1] != F:
-            return
+            return left
         listed = len(shown.candidates) != len(shown.items) or not np.array_equal(shown.candidates, shown.items)
         self.window[shown.slate] = Held(shown, listed, self.stream_time, origin)
         while self.window:
             oldest = next(iter(self.window.values()))
             if len(self.window) <= WINDOW_SLATES and oldest.time >= self.stream_time - WINDOW_S:
                 break
-            self.window.popitem(last=False)
+            _, gone = self.window.popitem(last=False)
+            if not gone.settled:
+                left.append(gone)
+        return left
 
     def _find(self, slates: list[int], target: int) -> Held | None:
         for slate in slates:
@@ -221,6 +243,26 @@ class Learner:
             if held is not None and (held.shown.candidates == target).any():
                 return held
         return None
+
+    def _calibrate(self, held: Held, target: int | None, first: bool, out: Learned) -> None:
+        """Learn how probable what was shown was, at a slate's first outcome or as it leaves; correct it at a later one.
+
+        Scores are those before the ranker learns from the slate, so what is learnt here is prequential.
+        """
+        shown = held.shown
+        if float(mix64(np.uint64(shown.slate))) >= CALIBRATED * 2.0**64 or not len(shown.items):
+            return
+        model, items = self.model, shown.items if first else np.array([target], np.uint64)
+        is_item = shown.candidates[:, None] == items
+        if not is_item.any(0).all():
+            return
+        scores = model.ranker.score(shown.features[is_item.argmax(0)].astype(np.float64))
+        if first:
+            chosen = (items == (target or 0)).astype(np.float64)
+            before = model.calibration.learn(scores, chosen)
+            out.calibrated.append((before, chosen[: len(before)]))
+        elif (shown.items == items).any():
+            model.calibration.correct(float(scores[0]))
 
     def _rank(self, held: Held, target: int, out: Learned) -> None:
         """One listwise step; without logged candidates, against what was viewed or stands above one below a choice."""
@@ -235,8 +277,12 @@ class Learner:
                 if item == target or (item not in held.chosen and (i <= reach or item in held.viewed))
             ]
             x, place = x[examined], examined.index(place)
-        out.ranker_loss += self.model.ranker.learn(x, place)
+        ranker = self.model.ranker
+        out.ranker_loss += ranker.learn(x, place)
         out.lists += 1
+        for name, loss in zip(("linear", "network"), ranker.latest, strict=True):
+            if loss > 0.0:
+                out.alarms += self.watches[name].learn(loss)
 
     def _value(self, entries: Entries, out: Learned) -> None:
         """Learn what the outcomes were worth, each after it was predicted."""
@@ -270,6 +316,7 @@ class Learner:
         self.learnt += k
         out.entered += k
         out.encoder_loss += loss
+        out.alarms += self.watches["encoder"].learn(loss, k)
 
     def step_seed(self, entries: Entries) -> int:
         """Return the negatives' seed of a micro-batch, from its first source position and the learner's seed."""
@@ -318,6 +365,7 @@ class Learner:
                 "start_square": encoder.start_square, "position_squares": encoder.position_squares,
                 "gradient": encoder.gradient, "moment": encoder.moment, "moment2": encoder.moment2,
                 "pending": encoder.pending, "adam_steps": encoder.adam_steps,
+                **{f"watch_{name}": watch.state() for name, watch in self.watches.items()},
             }
         )  # fmt: skip
 
@@ -328,6 +376,7 @@ class Learner:
         numbers = {name: whole(values, name) for name in ("seed", "learnt", "pushed", "pending", "adam_steps")}
         names = ("start_square", "position_squares", "gradient", "moment", "moment2")
         arrays = {name: fitted(values, name, getattr(encoder, name)) for name in names}
+        watches = {name: drift.read_state(values, f"watch_{name}") for name in WATCHED}
         stream_time, totals = values.get("stream_time"), values.get("totals")
         if not isinstance(stream_time, float) or not isinstance(totals, bytes):
             raise CodecError(f"dense state: expected stream_time and totals, got {stream_time!r:.40}, {totals!r:.40}")
@@ -342,6 +391,9 @@ class Learner:
         encoder.adam_steps = numbers["adam_steps"]
         for name, array in arrays.items():
             getattr(encoder, name)[...] = array
+        for name, stored in watches.items():
+            if stored is not None:
+                self.watches[name].set_state(stored)
 
 
 def _check(text: str) -> int:

@@ -1,10 +1,13 @@
-"""Full-catalogue ranks and what is made of them: hit rate, NDCG, MRR, bootstrap over users. Knows nothing about models.
+"""Full-catalogue ranks and what is made of them, calibration, bootstrap over users. Knows nothing about models.
 
 A target's rank is the number of items above it plus half of those that tie with it (0 = first, inf = not retrieved): a
 model that scores everything alike gets the middle, not the top.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +75,30 @@ def user_auc(scores: F64, liked: NDArray[np.bool_], users: I64) -> tuple[float, 
     found = np.array([auc(scores[part], liked[part]) for part in np.split(order, cuts) if len(part)])
     found = found[~np.isnan(found)]
     return (float(found.mean()) if len(found) else float("nan")), len(found)
+
+
+def calibration(slates: Sequence[tuple[F64, F64]], bins: int = 20) -> dict[str, Any]:
+    """Return how true the probabilities of shown items came: slates of (probabilities f64[k], chosen f64[k], 1 or 0).
+
+    ece: sum over bins of equal mass of their share x |mean probability - share chosen|; log_loss: mean, in nats; of
+    each bin what was predicted and what was chosen. None where there is nothing.
+    Naeini, Cooper, Hauskrecht: Obtaining well calibrated probabilities using Bayesian binning (AAAI 2015).
+    """
+    p, chosen = (np.concatenate([np.empty(0), *(slate[i] for slate in slates)]) for i in (0, 1))
+    if not len(p):
+        return {"shown": 0, "chosen_share": None, "ece": None, "log_loss": None, "bins": []}
+    order = np.argsort(p, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    table = [{"predicted": float(p[part].mean()), "chosen": float(chosen[part].mean())} for part in parts]
+    ece = sum(
+        len(part) / len(p) * abs(row["predicted"] - row["chosen"]) for part, row in zip(parts, table, strict=True)
+    )
+    sure = np.clip(p, 1e-12, 1.0 - 1e-12)
+    loss = -(chosen * np.log(sure) + (1.0 - chosen) * np.log1p(-sure)).mean()
+    return {
+        "shown": len(p), "chosen_share": float(chosen.mean()), "ece": float(ece), "log_loss": float(loss),
+        "bins": table,
+    }  # fmt: skip
 
 
 def user_bootstrap(

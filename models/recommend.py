@@ -280,7 +280,7 @@ def _trace(
 ) -> dict[str, Any]:
     scores = slate.candidate_scores
     best = np.argsort(-scores, kind="stable")
-    parts = heads.parts(said, slate.request.weights)
+    parts, probabilities = heads.parts(said, slate.request.weights), model.calibration.probability(said[:, heads.CLICK])
     per_channel = {
         name: {
             "found": int(found[c]),
@@ -294,6 +294,7 @@ def _trace(
         {
             "id": items.ids[rows[i]], "channel": CHANNELS[channels[i]], "score": float(scores[i]),
             "heads": dict(zip(heads.NAMES, parts[i].round(6).tolist(), strict=True)),
+            "probability": float(probabilities[i]),
         }
         for i in best[:50]
     ]  # fmt: skip

@@ -156,6 +156,13 @@ async def models(parts: Parts, request: Request) -> Response:
             },
             "scorer": ranker.scorer,
             "ranker_loss": dict(zip(("linear", "network"), np.round(ranker.losses, 5).tolist(), strict=True)),
+            "calibration": dict(
+                zip(
+                    ("slates", "mean", "variance", "slope", "offset"),
+                    np.round(model.calibration.numbers[:5], 5).tolist(),
+                    strict=True,
+                )
+            ),
             "head_weights": dict(
                 zip(heads.NAMES, heads.head_weights(parts.settings.head_weights).tolist(), strict=True)
             ),

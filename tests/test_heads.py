@@ -72,3 +72,8 @@ def test_the_trace_shows_what_each_head_adds() -> None:
     for row in slate.trace["scores"]:
         assert sum(row["heads"].values()) == pytest.approx(row["score"], abs=1e-5)
         assert tuple(row["heads"]) == heads.NAMES
+        click = row["heads"]["click"] / 0.5
+        assert row["probability"] == pytest.approx(
+            learner.model.calibration.probability(np.array([click]))[0], rel=1e-4
+        )
+        assert 0.0 < row["probability"] < 1.0

@@ -54,7 +54,7 @@ def parts(heads: F64, weights: F64) -> F64:
 
 def total(heads: F64, weights: F64) -> F64:
     """Return the scores f64[m]: each row's parts added up, without heads of no weight."""
-    score = heads[:, CLICK] * weights[CLICK]
+    score: F64 = heads[:, CLICK] * weights[CLICK]
     for h in np.flatnonzero(weights).tolist():
         if h != CLICK:
             score += heads[:, h] * weights[h]

@@ -150,6 +150,8 @@ class Ranker:
         self.mean, self.variance = self._moments
         self.lists, self.losses = self._numbers[:1], self._numbers[1:]
         self.variance[:] = 1.0
+        self.latest = (0.0, 0.0)
+        """Losses (linear, network) of the last list before its step; not stored."""
         self._bear_linear()
         self._bear_network()
 
@@ -228,7 +230,7 @@ class Ranker:
         with np.errstate(over="ignore"):  # what is beyond a half becomes infinite, and the list teaches nothing
             halves = np.ascontiguousarray(x, np.float16).view(np.uint16)
         losses = _learn(halves, label, self._numbers, self._moments, self._flat, self._squares, slowest)
-        linear, network = losses
+        linear, network = self.latest = losses
         if not linear < WORST:
             self._bear_linear()
         if not network < WORST:

@@ -64,6 +64,8 @@ class Trail:
     slates: int = 0
     recommend_s: float = 0.0
     learn_s: float = 0.0
+    calibrated: list[tuple[F64, F64]] = field(default_factory=list)
+    """Of slates that the calibration learnt: probabilities before, and what was chosen."""
 
 
 class Replay:
@@ -196,6 +198,7 @@ class Replay:
         learned = self.learner.learn(entries)
         if learned.rated:
             self.trail.rated.append((self.trail.events[-1], learned.rated, learned.rating_error))
+        self.trail.calibrated += learned.calibrated
 
     def _describe(self, item_id: str) -> None:
         """Set the catalogue entry of an item whose first event was folded."""

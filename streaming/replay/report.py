@@ -61,6 +61,7 @@ def report(log: ReplayLog, trail: Trail, learner: Learner, done: int) -> dict[st
         "by_history_length": _by_length(rank, popularity[:, best], np.array(trail.lengths)),
         "cold_start": _cold_start(trail, rank, popularity[:, best], users),
         "channels": _channels(rank, np.array(trail.places).reshape(-1, len(CHANNELS))),
+        "calibration": metrics.calibration(trail.calibrated),
         "catalogue": {
             "items": len(log.catalogue.items),
             "bad_rows": log.catalogue.bad,

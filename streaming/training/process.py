@@ -22,7 +22,8 @@ from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 from infra.settings import Settings
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, mark_ready, resident_mb
 from models.examples import ENTERS, Entries
-from models.learner import Learner
+from models.learner import Learned, Learner
+from models.metrics import calibration
 from models.rows import Rows
 from streaming.dead_letters import DeadLetters
 from streaming.kafka.ground import TRIMMED, Ground, GroundError, arrive
@@ -275,12 +276,24 @@ class Steps:
                 {
                     "t": round(time.time(), 3), "step": record.step, "events": done.entered, "joined": done.joined,
                     "lists": done.lists, "encoder_loss": round(done.encoder_loss / max(done.entered, 1), 4),
-                    "ranker_loss": round(done.ranker_loss / max(done.lists, 1), 4), "next": record.next,
+                    "ranker_loss": round(done.ranker_loss / max(done.lists, 1), 4), "alarms": done.alarms,
+                    **_calibration(done), "next": record.next,
                     "window": len(trainer.learner.window), "learnt_items": trainer.learner.rows.known,
                     "gone": record.gone, "rss_mb": resident_mb(), "refused": trainer.refused,
                 }
             )  # fmt: skip
             self.writing.begin(time.time())
+
+
+def _calibration(done: Learned) -> dict[str, float]:
+    """Return the mean probability of what was shown, the share chosen of it, and the log loss, since the last step."""
+    if not done.calibrated:
+        return {}
+    figures = calibration(done.calibrated, bins=1)
+    return {
+        "click_probability": round(figures["bins"][0]["predicted"], 5),
+        "click_share": round(figures["chosen_share"], 5), "click_loss": round(figures["log_loss"], 5),
+    }  # fmt: skip
 
 
 async def _metrics(client: Any, keys: Any, fields: dict[str, Any]) -> None:
