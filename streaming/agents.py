@@ -17,7 +17,7 @@ from models.examples import CodecError
 from models.profile import FutureCodecError
 from streaming import consumer
 from streaming.consumer import TP, Batch, Bounds
-from streaming.dead_letters import DeadLetters
+from streaming.dead_letters import DeadLetters, Told
 from streaming.events import Event, EventError, encode, parse_inlet, short, subject
 from streaming.kafka.ground import HOLE, Ground
 from streaming.learn import Dead, GapError, Outcome, Part, UserFold, decode_part, rounds, users_of
@@ -63,9 +63,13 @@ class UserAgent:
         self._ground = ground
         self._fold = fold
         self._dead = DeadLetters(log_, topics)
+        self._told = Told()
 
     async def offsets(self, assigned: Bounds) -> dict[TP, int]:
-        """Return where each assigned partition of `events` goes on: its applied offset in Redis."""
+        """Return where each assigned partition of `events` goes on: its applied offset in Redis.
+
+        A letter comes before its commit: who died in between has left letters from there on, which still hold.
+        """
         mine = sorted(tp for tp in assigned if tp.topic == self._topics.events)
         reads = await persist("seek", lambda: self._store.read({tp.partition: [] for tp in mine}))
         for tp in mine:
@@ -74,6 +78,7 @@ class UserAgent:
                 self._ground, f"profiles of partition {tp.partition}", read.cluster, {tp: read.applied}, assigned
             )
             self._progress.seek(tp, read.applied)
+        self._told = await self._dead.told({tp.partition: reads[tp.partition].applied for tp in mine})
         return {tp: reads[tp.partition].applied for tp in mine}
 
     async def run(self, batches: AsyncIterator[Batch]) -> None:
@@ -83,9 +88,14 @@ class UserAgent:
 
     async def apply(self, batch: Batch) -> None:
         """Fold one micro-batch and commit it, reading again where another worker was quicker."""
-        parts = [decode_part(tp.topic, tp.partition, records) for tp, records in batch.items()]
-        await self._dead.send([dead for part in parts for dead in part.dead])
-        self._progress.dead += sum(len(part.dead) for part in parts)
+        aside, letters = self._told.aside, self._told.letters
+        parts = [
+            decode_part(tp.topic, tp.partition, records).without(aside.get(tp.partition, frozenset()))
+            for tp, records in batch.items()
+        ]
+        fresh = [dead for part in parts for dead in part.dead if dead.offset not in letters.get(part.partition, ())]
+        await self._dead.send(fresh)
+        self._progress.dead += len(fresh)
         for piece in rounds(parts):
             await self._settle(piece)
 

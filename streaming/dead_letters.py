@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -37,6 +37,10 @@ class DeadLetters:
 
     def __init__(self, log_: Log, topics: Topics) -> None:
         self._log, self.topics = log_, topics
+
+    async def told(self, first: Mapping[int, int]) -> Told:
+        """Read what letters say of `events` from these offsets on, by partition."""
+        return await told(self._log.bootstrap, self.topics, first)
 
     async def send(self, dead: Sequence[Dead]) -> None:
         """Append and wait for the acknowledgement."""
@@ -139,17 +143,43 @@ async def letters(settings: Settings) -> list[Letter]:
     return list((await read_box(settings)).letters.values())
 
 
-async def set_aside(settings: Settings) -> dict[int, set[int]]:
-    """Return the offsets of `events` by partition that could be read and no fold takes from where they lie."""
-    topics, found = Topics(settings.namespace), dict[int, set[int]]()
-    for letter in await letters(settings):
-        if letter.topic == topics.events:
+@dataclass(slots=True)
+class Told:
+    """Offsets of `events` by partition: `letters` that name them, and those of them that are `aside`.
+
+    Those could be read, and no fold takes them from where they lie.
+    """
+
+    letters: dict[int, set[int]] = field(default_factory=dict)
+    aside: dict[int, set[int]] = field(default_factory=dict)
+
+
+async def told(kafka: str, topics: Topics, first: Mapping[int, int] | None = None) -> Told:
+    """Read what letters say of `events`: of partitions in `first` from these offsets on, else of all."""
+    topic, found, letter = topics.dead_letters, Told(), msgspec.msgpack.Decoder(Letter)
+    mine = f"{topics.events}:".encode()
+    async for _, records in read_topic(kafka, topic, {0: await topic_end(kafka, topic)}):
+        for record in records:
+            if not (record.key or b"").startswith(mine):
+                continue
             try:
-                decode(letter.original)
+                said = letter.decode(record.value or b"")
+            except msgspec.MsgspecError:  # `read_box` tells of it
+                continue
+            if first is not None and said.offset < first.get(said.partition, said.offset + 1):
+                continue
+            found.letters.setdefault(said.partition, set()).add(said.offset)
+            try:
+                decode(said.original)
             except EventError:  # cannot be read anyway, or the id of an item, whose event was folded
                 continue
-            found.setdefault(letter.partition, set()).add(letter.offset)
+            found.aside.setdefault(said.partition, set()).add(said.offset)
     return found
+
+
+async def set_aside(settings: Settings) -> dict[int, set[int]]:
+    """Return the offsets of `events` by partition that could be read and no fold takes from where they lie."""
+    return (await told(settings.kafka, Topics(settings.namespace))).aside
 
 
 @dataclass(slots=True)

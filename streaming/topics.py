@@ -283,13 +283,13 @@ class Log:
     """The producer: idempotent, acks=all, records of one call to one partition in one batch and in order."""
 
     def __init__(self, bootstrap: str, *, linger_ms: int = 0) -> None:
-        self._bootstrap, self._linger_ms = bootstrap, linger_ms
+        self.bootstrap, self._linger_ms = bootstrap, linger_ms
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
         """Connect."""
         producer = AIOKafkaProducer(
-            **client_options(self._bootstrap), acks="all", enable_idempotence=True, linger_ms=self._linger_ms,
+            **client_options(self.bootstrap), acks="all", enable_idempotence=True, linger_ms=self._linger_ms,
             max_request_size=MAX_MESSAGE_BYTES, max_batch_size=262_144, request_timeout_ms=30_000,
         )  # fmt: skip
         try:

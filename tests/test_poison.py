@@ -22,9 +22,19 @@ from streaming.item_agent import ItemAgent
 from streaming.kafka.ground import Ground
 from streaming.learn import Embed, Part, UserFold
 from streaming.rebuild import verify
-from streaming.state import ItemStore, Keys, ModelStore, Redis, RedisUserStore, RowStore, connect, read_user
+from streaming.state import (
+    ItemStore,
+    Keys,
+    ModelStore,
+    Redis,
+    RedisUserStore,
+    RowStore,
+    UserWrite,
+    connect,
+    read_user,
+)
 from streaming.supervision import Progress
-from streaming.topics import Log, Topics, end_offsets, epoch, partition_of, read_topic
+from streaming.topics import Log, Topics, end_offsets, epoch, partition_of, read_topic, topic_end
 from streaming.trainer import LearningError, Trainer
 from streaming.training.process import _blamed
 from streaming.users.memory import MemoryUserStore
@@ -54,19 +64,20 @@ class World:
             self.topics.events, [(partition_of(e.user_id, PARTITIONS), e.user_id.encode(), encode(e)) for e in events]
         )
 
-    async def fold(self, embed: Embed | None = None) -> None:
-        """Let an agent fold what the log holds beyond what this world has folded, as one micro-batch."""
-        store = RedisUserStore(self.client, self.keys)
+    async def fold(self, embed: Embed | None = None, store: RedisUserStore | None = None) -> None:
+        """Let an agent that has just come fold what the log holds beyond what is applied, as one micro-batch."""
         agent = UserAgent(
-            topics=self.topics, store=store, log_=self.log, progress=self.progress,
-            ground=Ground(self.log, self.topics, self.epoch), fold=UserFold(Weights(), embed=embed),
+            topics=self.topics, store=store or RedisUserStore(self.client, self.keys), log_=self.log,
+            progress=self.progress, ground=Ground(self.log, self.topics, self.epoch),
+            fold=UserFold(Weights(), embed=embed),
         )  # fmt: skip
         (ends,) = (await end_offsets(self.settings.kafka, {self.topics.events: PARTITIONS})).values()
+        first = await agent.offsets({TP(self.topics.events, p): (0, end) for p, end in enumerate(ends)})
         batch: dict[TP, list[tuple[int, int, bytes]]] = {}
         async for partition, records in read_topic(self.settings.kafka, self.topics.events, dict(enumerate(ends))):
-            fresh = [(r.offset, r.timestamp, r.value) for r in records if r.offset >= self.at[partition]]
-            if fresh:
-                batch.setdefault(TP(self.topics.events, partition), []).extend(fresh)
+            tp = TP(self.topics.events, partition)
+            if fresh := [(r.offset, r.timestamp, r.value) for r in records if r.offset >= first[tp]]:
+                batch.setdefault(tp, []).extend(fresh)
         self.at = dict(enumerate(ends))
         await agent.apply(batch)
 
@@ -197,6 +208,40 @@ def test_a_part_without_events_is_folded() -> None:
 
 class Killed(BaseException):
     """Stands for the end of a process: no code of ours catches it."""
+
+
+class NoCommitOfNothing(RedisUserStore):
+    """A store whose process is killed as it commits that an event was set aside: its letter is written."""
+
+    async def commit(self, writes: Sequence[UserWrite], cluster: str = "") -> list[int | None]:
+        if not any(write.profiles for write in writes):
+            raise Killed
+        return await super().commit(writes, cluster)
+
+
+async def test_killed_between_letter_and_commit_the_letter_holds_and_is_written_once(world: World) -> None:
+    """The next worker's fold does not raise: were the event folded then, its replay would count it twice."""
+    place = partition_of(POISON, PARTITIONS)
+    await world.click([*USERS, POISON], "a")
+    await world.log.append(world.topics.events, [(place, POISON.encode(), b"no event")])
+    await world.click([POISON, *(user for user in USERS if user != POISON)], "b")
+    with pytest.raises(Killed):
+        await world.fold(raising_for(3), NoCommitOfNothing(world.client, world.keys))
+    assert (await world.folded_to())[place] < world.at[place]
+    world.progress = Progress()
+    await world.fold()
+    assert await world.folded_to() == world.at
+    assert (world.progress.poisoned, world.progress.dead) == (0, 0)
+    assert await world.clicks() == dict.fromkeys(USERS, 2)
+    assert await topic_end(world.settings.kafka, world.topics.dead_letters) == 2
+    unread, poison = await letters(world.settings)
+    assert poison.reason.startswith("its fold raised ZeroDivisionError 3 times")
+    outcome = await replay(world.settings)
+    assert (outcome.appended, list(outcome.bad)) == ([poison.name], [unread.name])
+    await world.fold()
+    assert (await world.clicks())[POISON] == 3
+    report = await verify(world.settings, advance=lambda *_: None)
+    assert [line for line in report.differing if "profile" in line] == []
 
 
 class NoThirdFault(RowStore):
