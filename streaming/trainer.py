@@ -121,7 +121,8 @@ class Trainer:
         """Ranges [first, next) whose records are learnt one by one, to find the one that raises."""
         self.control: Control | None = None
         """The control in the record at `next`; nothing is learnt before `step` has obeyed it."""
-        self.pin = self.parent = self.refused = 0
+        self.pin = self.parent = self.turned = self.refused = 0
+        """Versions pinned and learnt on from; the step that last went back; steps refused."""
         self.made, self.asked = 0.0, False
         self.guard, self.suspicion = Guard(), ""
         self.notes: list[dict[str, Any]] = []
@@ -162,8 +163,8 @@ class Trainer:
         self.next = self.committed = int(head.get("next", 0))
         self.window = _unpack_origin(head.get("window", b""))
         self.last_record = head.get("record", b"")
-        self.steps, self.pin, self.parent, self.refused = (
-            int(head.get(name, 0)) for name in ("step", "pin", "version", "refused")
+        self.steps, self.pin, self.parent, self.turned, self.refused = (
+            int(head.get(name, 0)) for name in ("step", "pin", "version", "turned", "refused")
         )
         self.notes = msgspec.json.decode(head.get("notes", b"[]"), type=list[dict[str, Any]])
         _ = self.lineage
@@ -173,6 +174,7 @@ class Trainer:
         for about in versions.kept:
             self.made = about.made
             self.guard.accept(about.metrics)
+            self.parent = about.version if about.version > self.turned else self.parent
 
     def suspect(self, faults: Mapping[int, Fault]) -> None:
         """Take over what raised before: records to skip, and ranges to be careful with."""
@@ -329,13 +331,14 @@ class Trainer:
         if record.note:
             self.refused += record.note.startswith("refused")
             self.notes = [*self.notes, {n: getattr(record, n) for n in ("step", "first", "next", "note")}][-NOTES:]
+        self.turned = record.step if record.returns else self.turned
         if record.pin >= 0:
             self._unpinned, self.pin = self.pin, record.pin
         head = {
             "next": str(self.next), "step": str(record.step), "dense": learner.dense_state(),
             "marks": msgspec.json.encode({str(p): o for p, o in sorted(self.marks.items())}),
             "window": _pack_origin(learner.window_origin()), "record": self.last_record, "cluster": self._cluster,
-            "pin": str(self.pin), "version": str(self.parent), "refused": str(self.refused),
+            "pin": str(self.pin), "version": str(self.parent), "turned": str(self.turned), "refused": str(self.refused),
             "notes": msgspec.json.encode(self.notes),
         }  # fmt: skip
         stored = await persist(

@@ -160,8 +160,11 @@ async def test_rollback_sets_weights_and_optimiser_and_the_log_says_so(walk: ByW
     assert rows_of(walk.trainer.learner) == state
     assert list(walk.trainer.learner.window) == window
     await walk.learn(20)
+    await walk.start()
     three = await walk.version()
     assert (three.parent, three.version) == (one.version, back.step + 1)
+    await walk.start()
+    assert walk.trainer.parent == three.version
     (again,) = await walk.learn(0, Control("rollback", two.version, two.identity))
     assert again.back == two.identity
     await walk.learn(10)
