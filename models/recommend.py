@@ -203,7 +203,7 @@ def _rank(
     )  # fmt: skip
     said = np.zeros((len(rows), len(heads.HEADS)))
     said[:, heads.CLICK] = model.ranker.score(x)
-    if request.trace or np.delete(request.weights, heads.CLICK).any():
+    if request.trace or (request.weights[_VALUED] * model.values.speaking).any():
         said[:, _VALUED] = model.values.score(rows, judge, model.factors.vectors)
     return x, said
 

@@ -315,6 +315,11 @@ class Values:
         """Set these rows to what new ones are."""
         self.stats[rows] = 0.0
 
+    @property
+    def speaking(self) -> NDArray[np.bool_]:
+        """bool[5]: heads that ever met an outcome of their kind; the others say 0 of everything."""
+        return np.concatenate((self.counts[:2], self.world[4:])) > 0.0
+
     def known(self, vectors: F32) -> Known:
         """Return what the kernels read."""
         return Known(self.stats, vectors, self.world, self.weights)

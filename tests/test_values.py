@@ -100,6 +100,7 @@ def test_it_learns_who_and_what_is_rated_how() -> None:
     low = actual < -1 / 3
     assert said[low, LOW].mean() > said[~low, LOW].mean() + 0.3
     assert not said[:, [SKIP, HIDE]].any()  # nobody ever did
+    assert values.speaking.tolist() == [True, False, False, False, True]
 
 
 def test_it_learns_who_hides_what_and_who_stays() -> None:

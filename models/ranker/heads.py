@@ -19,11 +19,12 @@ HEADS: Final[tuple[tuple[str, float], ...]] = (
     ("click", 1.0),
     ("dwell", 0.0),
     ("rating", 0.0),
-    ("skip", 0.0),
-    ("hide", 0.0),
+    ("skip", -6.0),
+    ("hide", -10.0),
     ("low_rating", 0.0),
 )
-"""(name, default weight), in the order of the columns."""
+"""(name, default weight), in the order of the columns. A skip and a hide push away as their event weights are to each
+other; where nobody ever did either, both probabilities are 0. Weights of the rest gained on one set at most."""
 NAMES: Final = tuple(name for name, _ in HEADS)
 CLICK: Final = NAMES.index("click")
 
@@ -34,7 +35,7 @@ def head_weights(table: Iterable[tuple[str, float]] = ()) -> F64:
     """Return the weights f64[H] of a table of (head, weight); heads that it does not name keep their default.
 
     >>> head_weights([("hide", -2)]).tolist()
-    [1.0, 0.0, 0.0, 0.0, -2.0, 0.0]
+    [1.0, 0.0, 0.0, -6.0, -2.0, 0.0]
     """
     given = dict(HEADS)
     for name, weight in table:
