@@ -6,6 +6,7 @@ Files in the order in which one event travels through them:
     profile       the user: recent sequence, counters, dedupe window, recent slates (packed, folded in place)
     decay         one exponential and the fixed grid of half-lives
     rows          item hash -> row number, private to each process
+    content       what the catalogue says of an item, as numbers
     items         the items: decayed popularity, neighbour lists, exposure, catalogue; records of `examples` into them
     factors       item vectors, biases, and what they say of a sequence
     encoder       the step that trains them (torch, lazily)

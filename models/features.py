@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from models.content.tokens import lifts
 from models.decay import NAMES, popularities
 from models.items import cosine
 
@@ -45,12 +46,15 @@ FEATURES: Final = (
     "log_seen",
     "log_visited",
     "root_visited",
+    "lift_fields",
+    "lift_words",
 )
 F: Final = len(FEATURES)
 LOG_PRIOR: Final = FEATURES.index("log_prior")
 LOG_TRANSITION: Final = FEATURES.index("log_transition")
 _SEEN: Final = FEATURES.index("seen")
 _VISITED: Final = FEATURES.index("log_visited")
+_CONTENT: Final = FEATURES.index("lift_fields")
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -167,6 +171,7 @@ def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ign
             _spread(place, items.b_items, items.b_weights, history[p], 15, 0.8**p, out)
     _own(place, viewer.own, out)
     _visited(place, rows, history, items, out)
+    lifts(rows, history, items.tokens, items.token_fields, items.token_shares, out, _CONTENT)
     own_latest = np.full(m, -np.inf)
     for p in range(h):
         if history[p] >= 0 and place[history[p]] >= 0:

@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from models.content.tokens import BUCKETS, shares, tokens
+from models.content.tokens import ROOM as TOKENS
 from models.decay import Popularity, add, grown
 from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, Entries, Shown
 from models.items.packed import load_rows, neighbour_words, packed, read
@@ -50,7 +52,8 @@ class Items:
     """All items of one process, aligned to a shared `Rows`.
 
     first, last f64[capacity] (s), born f64[capacity] (published_at, s), shown and outcomes i64[capacity],
-    hidden u8[capacity] (1: not to be served: deleted, id unknown, or the catalogue is required and lacks it).
+    hidden u8[capacity] (1: not to be served: deleted, id unknown, or the catalogue is required and lacks it); tokens
+    i32[capacity, 24] of the catalogue entry, -1 = none, the first token_fields u8[capacity] of them of its fields.
     """
 
     def __init__(self, *, rows: Rows, require_catalogue: bool = False) -> None:
@@ -63,6 +66,11 @@ class Items:
         self.shown: I64 = np.zeros(0, np.int64)
         self.outcomes: I64 = np.zeros(0, np.int64)
         self.hidden: U8 = np.zeros(0, np.uint8)
+        self.tokens: I32 = np.zeros((0, TOKENS), np.int32)
+        self.token_fields: U8 = np.zeros(0, np.uint8)
+        self._shares: F64 = np.zeros(BUCKETS)
+        self._shared_at = -np.inf
+        self._described = 0
         self.a_items: I32 = np.zeros((0, K), np.int32)
         self.a_weights: F64 = np.zeros((0, K))
         self.a_sums: F64 = np.zeros(0)
@@ -109,6 +117,7 @@ class Items:
         self.born = grown(self.born, capacity)
         self.shown, self.outcomes = grown(self.shown, capacity), grown(self.outcomes, capacity)
         self.hidden = grown(self.hidden, capacity, 1)
+        self.tokens, self.token_fields = grown(self.tokens, capacity, -1), grown(self.token_fields, capacity)
         self.a_items, self.b_items = grown(self.a_items, capacity, -1), grown(self.b_items, capacity, -1)
         self.a_weights, self.b_weights = grown(self.a_weights, capacity), grown(self.b_weights, capacity)
         self.a_sums, self.b_sums = grown(self.a_sums, capacity), grown(self.b_sums, capacity)
@@ -122,7 +131,16 @@ class Items:
             self.rows.table, self.rows.keys, self.popularity.weights, self.popularity.cells, self.first, self.last,
             self.a_items, self.a_weights, self.a_sums, self.b_items, self.b_weights, self.b_sums,
             self.c_items, self.c_weights, self.c_sums,
+            self.tokens, self.token_fields, self.token_shares(),
         )  # fmt: skip
+
+    def token_shares(self) -> F64:
+        """Return each token's share of all events, f64[BUCKETS], computed anew once a 64th of them is new."""
+        total = float(self.popularity.totals[-1])
+        if abs(total - self._shared_at) > 16.0 + total / 64.0 or self._described > 16 + self.n // 64:
+            shares(self.tokens, self.popularity.weights[:, -1], self.n, self._shares)
+            self._shared_at, self._described = total, 0
+        return self._shares
 
     def fold(self, entries: Entries) -> I64:
         """Fold entries in order and return the rows they changed, sorted; any cut of a stream gives equal bytes.
@@ -246,6 +264,8 @@ class Items:
         for name in () if item.deleted else item.categories:
             self.by_category.setdefault(name, set()).add(row)
         self.born[row] = item.published_at or 0.0
+        self.tokens[row], self.token_fields[row] = (-1, 0) if item.deleted else tokens(item)
+        self._described += 1
         self.ids[row] = text
         self._refresh(row)
         return row

@@ -53,6 +53,9 @@ class ItemArrays(NamedTuple):
     c_items: I32
     c_weights: F64
     c_sums: F64
+    tokens: I32
+    token_fields: NDArray[np.uint8]
+    token_shares: F64
 
 
 @njit(cache=True)
