@@ -66,7 +66,7 @@ def test_servers_start_crash_and_keep_their_state(tmp_path: Path) -> None:
     with Stack(data=tmp_path, processes=SERVERS, kafka="", redis="") as stack:
         assert redis_command(stack.redis, "GET", "kept") == b"$3\r\nyes\r\n"
         assert stack.kafka == address
-        topics = (tmp_path / "kafka" / "log").glob("fr.events-*")
+        topics = (tmp_path / "kafka" / "log").glob("fr.events-?")  # Kafka, killed as it makes one, leaves a -stray
         assert len(list(topics)) == 8
 
 
