@@ -109,6 +109,14 @@ def show(result: dict[str, Any], screen: Console) -> None:
         f"NDCG@10 ahead of popularity {best}, the best in hindsight: {lead['ndcg@10']:+.4f}"
         f" [{lead['low']:+.4f}, {lead['high']:+.4f}] (95 %, over users)"
     )
+    if "auc" in result:
+        judged = result["judged"]
+        screen.print(
+            f"likes above hates: AUC {result['auc']:.4f}, mean of {judged['users']:,} users {judged['user_auc']:.4f}"
+            f" ({judged['likes']:,} likes, {judged['hates']:,} hates)"
+        )
+    if "rating_rmse" in result:
+        screen.print(f"ratings, each predicted before it was learnt: RMSE {result['rating_rmse']:.4f}")
     for title, part in (("history", "by_history_length"), ("channel", "channels")):
         pieces = [f"{name} {_figure(row)}" for name, row in result[part].items()]
         screen.print(f"by {title}: " + "  ".join(pieces))
