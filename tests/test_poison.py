@@ -187,7 +187,7 @@ async def test_profile_bytes_that_are_damaged_stop_that_user_only(world: World) 
 
 async def test_a_profile_of_a_later_version_stops_the_worker_for_good(world: World, tmp_path: Path) -> None:
     await world.click([POISON], "a")
-    await world.client.set(world.keys.profile(partition_of(POISON, PARTITIONS), POISON), b"\x09" + bytes(63))
+    await world.client.set(world.keys.profile(partition_of(POISON, PARTITIONS), POISON), b"\x09" + bytes(127))
     roles = Roles(world.settings, tmp_path, ["users"])
     try:
         assert await asyncio.to_thread(roles.codes, 60) == {"users": EXIT_FOR_GOOD}, roles.text("users")
