@@ -104,17 +104,20 @@ def _auc_draws(events: Events, scores: list[F64], draws: int = 200) -> F64:
 def rmse_figures(events: Events, result: Result) -> dict[str, Any]:
     """Return the error of predicted ratings, on their own scale, with an interval."""
     assert result.predictions is not None
-    rated = np.isfinite(events.value)
+    rated = np.isfinite(events.value) & ~np.isnan(result.predictions)
     square = (result.predictions[rated] - events.value[rated]) ** 2
     low, high = _interval(square, events.user[rated])
-    return {"rating_rmse": float(np.sqrt(square.mean())), "rating_rmse_interval": [low**0.5, high**0.5]}
+    return {
+        "rating_rmse": float(np.sqrt(square.mean())), "rating_rmse_interval": [low**0.5, high**0.5],
+        "ratings": int(rated.sum()),
+    }  # fmt: skip
 
 
 def rmse_lead(events: Events, ours: Result, theirs: Result) -> dict[str, Any]:
     """Return our error minus theirs on the same ratings (below 0: ours is better), with a paired interval."""
     assert ours.predictions is not None
     assert theirs.predictions is not None
-    rated = np.isfinite(events.value)
+    rated = np.isfinite(events.value) & ~np.isnan(ours.predictions) & ~np.isnan(theirs.predictions)
     _, of = np.unique(events.user[rated], return_inverse=True)
     sums = [
         np.bincount(of, (each[rated] - events.value[rated]) ** 2) for each in (ours.predictions, theirs.predictions)

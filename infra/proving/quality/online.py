@@ -190,14 +190,17 @@ REFERENCES: Final = (
     ),
     Reference(
         "item_knn", "co-occurrence within the user's last choices, cosine, learnt live", run_knn,
-        tuple({"window": w, "decay": r} for w in (5, 20, 100) for r in (1.0, 0.8)),
+        tuple({"window": w, "decay": r} for w in (5, 20, 100) for r in (1.0, 0.8, 0.6) if w < 100 or r == 1.0),
     ),
     Reference(
         "isgd", "incremental matrix factorisation towards 1, learnt live", run_isgd,
-        tuple({"factors": 32, "rate": r, "l2": l2} for r in (0.02, 0.05, 0.1, 0.3) for l2 in (0.01, 0.1)),
+        tuple({"factors": 32, "rate": r, "l2": l2} for r in (0.1, 0.3, 0.6) for l2 in (0.001, 0.01, 0.1, 0.3)),
     ),
     Reference(
         "bpr_incremental", "pairwise factorisation with item biases, learnt live", run_bpr,
-        tuple({"factors": 32, "rate": r, "l2": 0.01, "negatives": k} for r in (0.02, 0.05, 0.1, 0.2) for k in (5, 20)),
+        tuple(
+            {"factors": 32, "rate": r, "l2": l2, "negatives": k}
+            for r in (0.05, 0.1, 0.2) for l2 in (0.01, 0.05) for k in (5, 20)
+        ),
     ),
 )  # fmt: skip

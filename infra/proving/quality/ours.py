@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infra.proving.quality.events import Events
 from infra.proving.quality.reference import Result, Tell
@@ -108,7 +109,18 @@ def run_ours(
         places, values = zip(*trail.judged, strict=True)
         scores[list(places)] = values
     told = {name: value for name, value in report.items() if name not in ("over_time", "lead", "bad_rows")}
-    result = Result(ranks[events.at], scores[events.at], told)
+    result = Result(ranks[events.at], scores[events.at], told, _rated(events, made[0], until))
     unknown = int((np.isnan(result.ranks) & events.counted).sum())
     told["unknown_to_ours"] = unknown  # counted as misses: the event set is that of what was chosen before
     return result
+
+
+def _rated(events: Events, replay: Replay, until: int) -> NDArray[np.float64] | None:
+    """Return predictions f64[n] of ratings that err as ours did (the replay notes squared errors), None for none."""
+    if not replay.trail.rated or any(count != 1 for _, count, _ in replay.trail.rated):
+        return None
+    error = np.full(until, np.nan)
+    for place, _, squared in replay.trail.rated:
+        error[place] = 0.5 * (events.scale[1] - events.scale[0]) * squared**0.5
+    predictions: NDArray[np.float64] = events.value + error[events.at]
+    return predictions

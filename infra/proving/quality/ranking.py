@@ -126,7 +126,7 @@ def share(popular, h, t, n, out):  # type: ignore[no-untyped-def]
         never = sharpen(popular, g, t, n, out, never)
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath={"reassoc", "contract", "nsz"})  # nan stays nan: a model that diverged must not shine
 def dots(vectors, bias, user, n, out):  # type: ignore[no-untyped-def]
     """Fill out f32[n] with user . vector + bias of each item."""
     for i in range(n):
