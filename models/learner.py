@@ -31,8 +31,10 @@ from models.rows import LEARNT, Rows
 MIXTURE_RATE: Final = 0.002
 CALIBRATED: Final = 0.25
 """Share of slates, by hash, that the calibration learns: two numbers need no more, and the others cost nothing."""
-WATCHED: Final = ("linear", "network", "encoder")
-"""Models whose prequential losses are watched for drift."""
+WATCHED: Final = ("linear", "network", "encoder", "values")
+"""Models whose prequential losses are watched for drift; of the values, the squared errors of ratings."""
+LOOSER: Final = 0.1
+"""At an alarm of either model the ranker's sums of squares x this: it learns faster until they have grown again."""
 ROOM: Final = 32
 """Where items are too many, one in so many of the cap leaves beside those above it: not every step finds some."""
 WINDOW_S: Final = 3600.0
@@ -281,8 +283,9 @@ class Learner:
         out.ranker_loss += ranker.learn(x, place)
         out.lists += 1
         for name, loss in zip(("linear", "network"), ranker.latest, strict=True):
-            if loss > 0.0:
-                out.alarms += self.watches[name].learn(loss)
+            if loss > 0.0 and self.watches[name].learn(loss):
+                out.alarms += 1
+                ranker.loosen(LOOSER)
 
     def _value(self, entries: Entries, out: Learned) -> None:
         """Learn what the outcomes were worth, each after it was predicted."""
@@ -296,7 +299,9 @@ class Learner:
         rated = entries.kind[judged] == RATING
         if rated.any():
             out.rated += int(rated.sum())
-            out.rating_error += float(((said[rated, 0] - entries.value[judged[rated]]) ** 2).sum())
+            error = float(((said[rated, 0] - entries.value[judged[rated]]) ** 2).sum())
+            out.rating_error += error
+            out.alarms += self.watches["values"].learn(error, int(rated.sum()))
 
     def _enter(self, entries: Entries, entering: I64, out: Learned) -> None:
         k = len(entering)

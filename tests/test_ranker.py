@@ -190,6 +190,22 @@ def test_a_model_that_diverged_is_born_again(broken: str) -> None:
     assert ranker.losses[1] < before[0]
 
 
+def test_a_loosened_ranker_steps_further() -> None:
+    ranker, rng = Ranker(), np.random.default_rng(6)
+    for _ in range(300):
+        ranker.learn(*crossed(rng))
+    other = Ranker()
+    other.set_state(other.read_state(ranker.state()))
+    other.loosen(0.1)
+    assert all((value >= np.float32(0.01)).all() for name, value in other.state().items() if "squares" in name)
+    x, before = crossed(rng), {name: getattr(ranker, name).copy() for name in ("weights", "skip", "hidden")}
+    ranker.learn(*x)
+    other.learn(*x)
+    for name, value in before.items():
+        step, further = (np.abs(getattr(one, name) - value).sum() for one in (ranker, other))
+        assert further > 1.5 * step
+
+
 @given(seed=st.integers(0, 2**32), m=st.integers(2, 70), n=st.integers(0, 5))
 def test_learning_is_the_same_bits_each_time(seed: int, m: int, n: int) -> None:
     rng = np.random.default_rng(seed)

@@ -1,6 +1,6 @@
-"""Alarms: when a model's prequential loss has risen for good, by ADWIN, and how long its rates are raised after one.
+"""Alarms: when a model's prequential loss has risen for good, by ADWIN.
 
-A watch takes the mean of every 32 losses into River's ADWIN. What ADWIN keeps is its own affair and is not stored; the
+A watch takes the mean of every 8 losses into River's ADWIN. What ADWIN keeps is its own affair and is not stored; the
 means since its last reset are, at most 1,024, and fill a new one, so that a restart goes on bit for bit. It is reset
 at an alarm and when 1,024 have come. A loss that falls is no alarm. Knows nothing about what is done on an alarm.
 Bifet, Gavalda: Learning from time-changing data with adaptive windowing (SDM 2007).
@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from models.examples import CodecError
 from models.factors import fitted
 
-MEAN_OF: Final = 32
+MEAN_OF: Final = 8
 MOST: Final = 1024
 SURE: Final = 0.002
 """ADWIN's delta: the chance of an alarm where nothing changed."""
-RAISED: Final = 1024
-"""Losses after an alarm for which rates stay raised."""
 
 F64 = NDArray[np.float64]
 
@@ -29,18 +27,17 @@ F64 = NDArray[np.float64]
 class Watch:
     """One model's losses under watch: learn(loss) says whether that was an alarm.
 
-    inputs: means since the last reset; alarms: how many so far; left: losses for which rates are still raised.
+    inputs: means since the last reset; alarms: how many so far; count and sum: of the losses since the last mean.
     """
 
     def __init__(self) -> None:
         self.inputs: list[float] = []
-        self.alarms = self.left = self.count = 0
+        self.alarms = self.count = 0
         self.sum = 0.0
         self._adwin: Any = None
 
     def learn(self, loss: float, count: int = 1) -> bool:
         """Take the summed loss of `count` examples; returns whether the loss has risen for good."""
-        self.left = max(0, self.left - count)
         self.sum, self.count = self.sum + loss, self.count + count
         if self.count < MEAN_OF:
             return False
@@ -51,7 +48,7 @@ class Watch:
         self.inputs.append(mean)
         if risen:
             self._reset()
-            self.alarms, self.left = self.alarms + 1, RAISED
+            self.alarms += 1
         return risen
 
     def _reset(self) -> None:
@@ -67,15 +64,14 @@ class Watch:
         return bool(self._adwin.drift_detected) and self._adwin.estimation > before
 
     def state(self) -> F64:
-        """Return everything as f64[5 + n]: alarms, left, count, sum, n and the means since the last reset."""
-        return np.array([self.alarms, self.left, self.count, self.sum, len(self.inputs), *self.inputs])
+        """Return everything as f64[4 + n]: alarms, count, sum, n and the means since the last reset."""
+        return np.array([self.alarms, self.count, self.sum, len(self.inputs), *self.inputs])
 
     def set_state(self, values: F64) -> None:
         """Take over what `read_state` found, and fill a new ADWIN with it."""
-        self.alarms, self.left, self.count = (int(value) for value in values[:3])
-        self.sum = float(values[3])
+        self.alarms, self.count, self.sum = int(values[0]), int(values[1]), float(values[2])
         self._reset()
-        for mean in values[5:].tolist():
+        for mean in values[4:].tolist():
             self._add(mean)
             self.inputs.append(mean)
 
@@ -86,6 +82,6 @@ def read_state(values: dict[str, Any], name: str) -> F64 | None:
         return None
     stored = np.asarray(values[name], object)
     found: F64 = fitted(values, name, np.empty(stored.shape))
-    if found.ndim != 1 or len(found) < 5 or len(found) != 5 + found[4] or len(found) > 5 + MOST or found.min() < 0:
+    if found.ndim != 1 or len(found) < 4 or len(found) != 4 + found[3] or len(found) > 4 + MOST or found.min() < 0:
         raise CodecError(f"dense weights: {name}: expected the state of a watch, got {found.shape}")
     return found

@@ -217,6 +217,10 @@ class Ranker:
         _score(x, self._moments, self._flat, self.scorer == "network", out)
         return out
 
+    def loosen(self, factor: float) -> None:
+        """Let both models learn faster: their sums of squares x factor, at least those of birth."""
+        np.maximum(self._squares * np.float32(factor), np.float32(SQUARE), out=self._squares)
+
     def learn(self, x: F16 | F64, label: int, slowest: float = SLOWEST) -> float:
         """Take one listwise step on features f16[m, F] (others are rounded to it), the chosen item at row `label`.
 
