@@ -190,7 +190,7 @@ REFERENCES: Final = (
     ),
     Reference(
         "item_knn", "co-occurrence within the user's last choices, cosine, learnt live", run_knn,
-        tuple({"window": w, "decay": r} for w in (5, 20, 100) for r in (1.0, 0.8, 0.6) if w < 100 or r == 1.0),
+        tuple({"window": w, "decay": r} for w in (5, 20, 100) for r in (1.0, 0.8, 0.6, 0.4) if w < 100 or r == 1.0),
     ),
     Reference(
         "isgd", "incremental matrix factorisation towards 1, learnt live", run_isgd,
