@@ -167,7 +167,7 @@ def replay(
     columns: Annotated[
         str,
         typer.Option(
-            help="Of a csv: user=...,item=,ts=[,rating=,dwell=,kind=,basket=,title=,categories=,tags=,text=]."
+            help="Of a csv: user=..,item=,ts=[,rating=,dwell=,kind=,basket=,context:X=,title=,categories=,tags=,text=]."
         ),
     ] = "",
     exclude: Annotated[

@@ -67,6 +67,8 @@ class LiveReplay:
             "n": N, "policy": "greedy", "now": event.ts, "wait_ms": WAIT_MS,
             "seen": "exclude" if self._exclusion == "seen" else "include",
         }  # fmt: skip
+        if event.context:
+            body["context"] = event.context
         if self._exclusion == "invoice":
             body["exclude"] = self._baskets.get(basket, [])
         if self._offsets:

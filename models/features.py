@@ -48,6 +48,12 @@ FEATURES: Final = (
     "root_visited",
     "lift_fields",
     "lift_words",
+    "context_most",
+    "context_sum",
+    "trend_15min",
+    "trend_1d",
+    "trend_7d",
+    "trend_28d",
 )
 F: Final = len(FEATURES)
 LOG_PRIOR: Final = FEATURES.index("log_prior")
@@ -55,6 +61,8 @@ LOG_TRANSITION: Final = FEATURES.index("log_transition")
 _SEEN: Final = FEATURES.index("seen")
 _VISITED: Final = FEATURES.index("log_visited")
 _CONTENT: Final = FEATURES.index("lift_fields")
+_CONTEXT: Final = FEATURES.index("context_most")
+_TREND: Final = FEATURES.index("trend_15min")
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -66,11 +74,13 @@ class Viewer(NamedTuple):
     """Who asks: rows of their sequence i64[h], newest first, -1 where unknown, and its times f64[h] (s).
 
     own i64[s]: rows of every item they acted on, in order of the first time, where a slate may repeat them.
+    context i64[c]: rows of the contexts that hold now.
     """
 
     history: I64
     times: F64
     own: I64
+    context: I64
 
 
 class Frame(NamedTuple):
@@ -149,6 +159,56 @@ def _visited(place, rows, history, items, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def context_count(weights, total, k, prior):  # type: ignore[no-untyped-def]
+    """Return the count of an item that is at place k of a context's list f64[K], or, for k < 0, in no place of it.
+
+    A list that is full says of others only that they were not chosen more than its least: expected, total x prior, or
+    that.
+    """
+    if k >= 0:
+        return weights[k]
+    if weights[len(weights) - 1] <= 0.0:
+        return 0.0
+    return min(total * prior, weights.min())
+
+
+@njit(cache=True)
+def _context_places(place, context, items, m):  # type: ignore[no-untyped-def]
+    """Return i64[c, m]: the place of each candidate in the list of each context, -1 where it is not in it."""
+    out = np.full((len(context), m), -1, np.int64)
+    for c in range(len(context)):
+        for k in range(items.c_items.shape[1]):
+            y = items.c_items[context[c], k]
+            if y < 0:
+                break
+            if place[y] >= 0:
+                out[c, place[y]] = k
+    return out
+
+
+@njit(cache=True)
+def _context(context, places, items, out):  # type: ignore[no-untyped-def]
+    """Fill the family `context`: the greatest lift over the contexts that hold, and their sum."""
+    for c in range(len(context)):
+        weights, total = items.c_weights[context[c]], items.c_sums[context[c]]
+        for i in range(len(out)):
+            prior = math.exp(out[i, 8])
+            lift = _lift(context_count(weights, total, places[c, i], prior), total, prior)
+            out[i, _CONTEXT] = lift if c == 0 else max(out[i, _CONTEXT], lift)
+            out[i, _CONTEXT + 1] += lift
+
+
+@njit(cache=True)
+def _trend(out):  # type: ignore[no-untyped-def]
+    """Fill the family `trend`: how much more popular an item is of late than over the while before."""
+    for i in range(len(out)):
+        out[i, _TREND] = out[i, 1] - out[i, 3]
+        out[i, _TREND + 1] = out[i, 3] - out[i, 4]
+        out[i, _TREND + 2] = out[i, 4] - out[i, 5]
+        out[i, _TREND + 3] = out[i, 5] - out[i, 7]
+
+
+@njit(cache=True)
 def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ignore[no-untyped-def]
     """Fill out f64[m, F] with the features of candidate rows i64[m]; `place` i32[n] is -1 everywhere and is left so."""
     history, times, now = viewer.history, viewer.times, frame.now
@@ -172,6 +232,7 @@ def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ign
     _own(place, viewer.own, out)
     _visited(place, rows, history, items, out)
     lifts(rows, history, items.tokens, items.token_fields, items.token_shares, out, _CONTENT)
+    context_places = _context_places(place, viewer.context, items, m)
     own_latest = np.full(m, -np.inf)
     for p in range(h):
         if history[p] >= 0 and place[history[p]] >= 0:
@@ -223,3 +284,5 @@ def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ign
         out[i, 27] = session * out[i, 22]
         out[i, 28] = session * out[i, 19]
         out[i, 29] = out[i, 8] / (1.0 + h)
+    _context(viewer.context, context_places, items, out)
+    _trend(out)

@@ -9,7 +9,7 @@ the best remaining item has propensity 1 - epsilon + epsilon / R, every other on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -29,6 +29,7 @@ from models.ranker import heads
 from models.retrieval import (
     CHANNELS,
     CO_VISITATION,
+    CONTEXT,
     FRESH,
     POPULAR,
     POPULAR_NOW,
@@ -85,7 +86,7 @@ class History:
 
 @dataclass(slots=True)
 class Request:
-    """One question: n items at time `now` (s) for the slate named slate_id."""
+    """One question: n items at time `now` (s) for the slate named slate_id; context: `models.items.context_keys`."""
 
     slate_id: str
     now: float
@@ -96,6 +97,7 @@ class Request:
     exclude: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
     seen: Literal["exclude", "include"] = "exclude"
     categories: frozenset[str] = frozenset()
+    context: Sequence[int] = ()
     keep_candidates: bool = False
     trace: bool = False
     weights: F64 = field(default_factory=lambda: heads.DEFAULT)
@@ -180,7 +182,8 @@ def recommend(
 
 def _viewer(items: Items, history: History, request: Request) -> Viewer:
     own = items.rows.find_low(history.seen if request.seen == "include" else NO_SEEN)
-    return Viewer(items.rows.find(history.items[:HISTORY_LIMIT]), history.times[:HISTORY_LIMIT], own)
+    times = history.times[:HISTORY_LIMIT]
+    return Viewer(items.rows.find(history.items[:HISTORY_LIMIT]), times, own, items.context_rows(request.context))
 
 
 def _judge(items: Items, history: History, viewer: Viewer) -> Judge:
@@ -269,6 +272,7 @@ def _reasons(items: Items, channels: list[int], own: I64) -> list[str]:
         REPEAT: "You chose it before",
         CO_VISITATION: "Goes with what you chose lately",
         FRESH: "New here",
+        CONTEXT: "Chosen most where you are",
         TRANSITION: f"Often chosen after {title}",
         VECTOR: "Close to what you chose lately" if title else "Chosen most of late",
     }

@@ -5,6 +5,7 @@
     recent <= 25 of the user's own last items | fresh 10 newest first-seen items
     repeat 100 of all own earlier items (those the seen list remembers), by the transition score, else .2 prior
     co_visitation 80 by the sum of the cosines of C to the last 20 items
+    context 40 by the sum of their shares in the contexts that hold: (count + 5 prior) / (total + 5)
 
 Every list is the exact top of its score; one pass of compiled code, O(items).
 """
@@ -23,10 +24,13 @@ from models.items import ItemArrays, cosine
 
 CHANNELS: Final = (
     "popular_now", "popular_today", "popular", "transition", "vector", "recent", "fresh", "repeat", "co_visitation",
+    "context",
 )  # fmt: skip
 """Their places are stored in impressions: new ones go to the end."""
-QUOTAS: Final = np.array([30, 30, 60, 80, 80, 25, 10, 100, 80])
-POPULAR_NOW, POPULAR_TODAY, POPULAR, TRANSITION, VECTOR, RECENT, FRESH, REPEAT, CO_VISITATION = range(len(CHANNELS))
+QUOTAS: Final = np.array([30, 30, 60, 80, 80, 25, 10, 100, 80, 40])
+POPULAR_NOW, POPULAR_TODAY, POPULAR, TRANSITION, VECTOR, RECENT, FRESH, REPEAT, CO_VISITATION, CONTEXT = range(
+    len(CHANNELS)
+)
 NOT_FOUND: Final = np.uint16(65535)
 """The place of an item in the list of a channel that did not bring it."""
 _NOW, _TODAY = 1, 3  # places of 15 min and 1 d on the grid
@@ -173,6 +177,22 @@ def _visited_together(items, history, n):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def _chosen_under(items, context, prior, n):  # type: ignore[no-untyped-def]
+    """Return f32[n] with the sum of the shares that rows have in the contexts, -inf where no list holds the row."""
+    out = np.full(n, -np.inf, np.float32)
+    for c in range(len(context)):
+        total = items.c_sums[context[c]]
+        for k in range(items.c_items.shape[1]):
+            y = items.c_items[context[c], k]
+            if y < 0:
+                break
+            if out[y] == -np.inf:
+                out[y] = 0.0
+            out[y] += (items.c_weights[context[c], k] + 5.0 * prior[y]) / (total + 5.0)
+    return out
+
+
+@njit(cache=True)
 def _merge(rows, c, seen, out_rows, out_channel, out_places, count):  # type: ignore[no-untyped-def]
     """Append a channel's rows; an item found before is credited to the channel that ranks it higher."""
     for rank in range(len(rows)):
@@ -224,8 +244,10 @@ def gather(n, items, blocked, cells_now, blends, viewer, vectors, bias, q, quota
             best = _newest(items.first, n, blocked, quotas[c])
         elif c == 7:
             best = _own_earlier(viewer.own, transitions, popularity[2], blocked, quotas[c])
-        else:
+        elif c == 8:
             best = top(_visited_together(items, history, n), n, blocked, quotas[c])
+        else:
+            best = top(_chosen_under(items, viewer.context, popularity[2], n), n, blocked, quotas[c])
         found[c] = len(best)
         count = _merge(best, c, place, rows, channel, places, count)
     for i in range(count):

@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from infra.telemetry import SLATE_SECONDS, SLATES, TOKEN_WAITS
 from models.examples import CodecError, item_hash
+from models.items import context_keys
 from models.profile import unpack
 from models.ranker.heads import head_weights
 from models.recommend import History, Slate, popular, recommend, samples, similar
@@ -179,7 +180,7 @@ def _ask(parts: Parts, query: LookupQuery, slate_id: str, now: float) -> Ask:
     return Ask(
         n=query.n, slate_id=slate_id, now=now, surface=query.surface, policy=_policy(query.policy or settings.policy),
         epsilon=settings.epsilon, exclude=_hashes(query.exclude), seen=query.seen,
-        categories=frozenset(query.categories), trace=query.trace,
+        categories=frozenset(query.categories), context=context_keys(query.context), trace=query.trace,
         keep_candidates=query.track and samples(slate_id, settings.feature_share),
         weights=head_weights(settings.head_weights),
     )  # fmt: skip

@@ -150,7 +150,8 @@ def test_a_record_that_raises_is_told_and_skipped() -> None:
         fold.fold(bytes(data))
     fold.skip.add(1)
     assert fold.fold(bytes(data)).changed.tolist() == []
-    assert fold.fold(entry(2, 1.7e9, offset=2).to_bytes()).changed.tolist() == [1]
+    changed = fold.fold(entry(2, 1.7e9, offset=2).to_bytes()).changed
+    assert [row for row in changed.tolist() if not fold.items.contexts[row]] == fold.items.rows.find(KEYS[[2]]).tolist()
     assert fold.items.rows.find(KEYS[[1]])[0] == -1
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, accept, concatenate
-from models.items import CatalogueItem, Items, cosine
+from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, Entries, accept, concatenate
+from models.items import CatalogueItem, Items, context_keys, cosine
+from models.items import state as items_state
 from models.items.transitions import K_LONG, MOST_A, MOST_B, MOST_C, K, bump
 from models.rows import Rows
 from tests.entries import KEYS, NAMES, Walk, cuts, entry, shown
@@ -60,6 +62,55 @@ def test_a_reload_and_repeats_change_nothing(seed: int, place: int, repeat: int)
         second.fold(accept(part, marks))  # delivered again
     if place <= repeat:
         assert state(second) == state(folded([entries]))
+
+
+def under(entries: Entries, seed: int) -> Entries:
+    """Give the entries contexts: a device always, a campaign of many now and then, and bytes that are none."""
+    rng = np.random.default_rng(seed)
+    for i in range(len(entries)):
+        if entries.kind[i] != IMPRESSION:
+            context = {"device": "tv" if rng.random() < 0.5 else "phone"}
+            if rng.random() < 0.3:
+                context["campaign"] = str(int(rng.integers(1000)))
+            entries.extra[i] = msgspec.msgpack.encode(context) if rng.random() < 0.95 else b"odd"
+    return entries
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 50), st.lists(st.integers(1, 199), max_size=30), st.integers(1, 199))
+def test_any_cut_and_any_restart_give_equal_bytes_with_contexts(seed: int, places: list[int], reload: int) -> None:
+    """Few contexts, so that there is no room for some: which are taken in is decided event by event."""
+    with pytest.MonkeyPatch.context() as few:
+        few.setattr(items_state, "CONTEXTS", 12)
+        entries = under(Walk(seed=seed).entries(), seed)
+        straight = folded([entries])
+        assert state(folded(cuts(entries, places))) == state(straight)
+        assert int(straight.contexts.sum()) == 12
+        assert straight.hidden[np.flatnonzero(straight.contexts)].all()
+        first, rest = cuts(entries, [reload])
+        packed, totals = state(folded([first]))
+        again = Items(rows=Rows(capacity=16))
+        again.load(np.array([*packed], np.uint64), [*packed.values()])
+        again.load_totals(totals)
+        assert state(folded([rest], again)) == state(straight)
+
+
+def test_contexts_are_few_and_let_no_item_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(items_state, "CONTEXTS", 16)
+    items = Items(rows=Rows())
+    for i in range(40):
+        one = entry(i % 5, 1.6e9 + i, offset=i)
+        one.extra[0] = msgspec.msgpack.encode({"campaign": str(i)})
+        items.fold(one)
+    assert int(items.contexts.sum()) == 16
+    gone, _ = items.sweep(5)
+    left = {int(k) for k in items.rows.keys[items.behaving]}
+    assert set(KEYS[:5].tolist()) <= left  # five items, and contexts do not count
+    assert len(gone) == 4  # above 14, and two more
+    assert set(gone.tolist()) == {context_keys({"campaign": str(i)})[0] for i in range(4)}
+    assert int(items.contexts.sum()) == 12
+    assert items.context_rows(context_keys({"campaign": "0"})).tolist() == []
+    assert len(items.context_rows(context_keys({"campaign": "7", "device": "tv"}))) == 1
 
 
 def test_changed_rows_are_the_ones_whose_bytes_changed() -> None:
@@ -189,9 +240,10 @@ def test_catalogue_and_behaviour_are_disjoint() -> None:
 def test_only_catalogued_items_where_the_catalogue_is_required() -> None:
     items = Items(rows=Rows(), require_catalogue=True)
     items.fold(entry(1, 1.6e9))
-    assert items.eligible.tolist() == [False]
+    row = int(items.rows.find(KEYS[[1]])[0])
+    assert not items.eligible.any()
     items.set_item(int(KEYS[1]), NAMES[1], CatalogueItem())
-    assert items.eligible.tolist() == [True]
+    assert np.flatnonzero(items.eligible).tolist() == [row]
 
 
 def test_rows_grow_and_find_by_low_half() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.features import FEATURES, LOG_PRIOR, LOG_TRANSITION, F, Frame, Learnt, Viewer, features
-from models.items import Items
+from models.examples import IMPRESSION
+from models.features import FEATURES, LOG_PRIOR, LOG_TRANSITION, F, Frame, Learnt, Viewer, context_count, features
+from models.items import Items, context_keys
 from models.learner import Learner
 from models.ranker import Ranker
 from models.ranker.listwise import WORST
@@ -34,12 +36,14 @@ def compute(items: Items, learner: Learner, places: list[int], history: list[int
     times = changes.get("times", now - 100.0 * np.arange(1.0, len(history) + 1))
     rows, own = items.rows.find(KEYS[places]), items.rows.find(KEYS[history] if history else KEYS[:0])
     seen = items.rows.find(KEYS[changes.get("seen", [])])
+    context = np.array(changes.get("context", []), np.int64)
     frame, factors = items.popularity.at(now), learner.model.factors
     out = np.empty((len(rows), F))
     place = np.full(items.n, -1, np.int32)
     features(
-        rows, place, Viewer(own, times, seen), Frame(now, frame[0], frame[1], frame[2], float(items.n)), items.arrays(),
-        items.born, Learnt(learner.model.mixture, factors.vectors, factors.bias, factors.encode(own)), out,
+        rows, place, Viewer(own, times, seen, context),
+        Frame(now, frame[0], frame[1], frame[2], float(items.n)), items.arrays(), items.born,
+        Learnt(learner.model.mixture, factors.vectors, factors.bias, factors.encode(own)), out,
     )  # fmt: skip
     assert (place == -1).all()
     return out
@@ -96,6 +100,29 @@ def test_features_of_own_items_and_of_long_co_visitation() -> None:
     assert total > 0
     assert columns["root_visited"][0] == pytest.approx(math.sqrt(total))
     assert columns["log_visited"][0] == pytest.approx(math.log(total + 1e-3) + 7)
+
+
+def test_features_of_contexts() -> None:
+    """The lift over the prior in each context that holds; where a full list lacks an item, what it can have at most."""
+    items, learner = system()
+    entries = Walk(seed=9).entries()
+    entries.extra[:] = [msgspec.msgpack.encode({"device": "tv", "day": str(i % 3)}) for i in range(len(entries))]
+    items.fold(entries.take(entries.kind != IMPRESSION))
+    known = items.context_rows(context_keys({"device": "tv", "day": "1", "town": "nowhere"}))
+    assert len(known) == 2
+    x = compute(items, learner, [6, 30], [5], context=known)
+    for i, row in enumerate(items.rows.find(KEYS[[6, 30]]).tolist()):
+        prior, lifts = math.exp(x[i, LOG_PRIOR]), []
+        for under in known.tolist():
+            count = float(items.c_weights[under][items.c_items[under] == row].sum())
+            lifts.append(math.log((count / prior + 5) / (items.c_sums[under] + 5)))
+        assert x[i, FEATURES.index("context_most")] == pytest.approx(max(lifts))
+        assert x[i, FEATURES.index("context_sum")] == pytest.approx(sum(lifts))
+    full, part = np.arange(1.0, 61.0), np.r_[np.ones(59), 0.0]
+    assert context_count(full, 1e4, 4, 0.5) == 5.0
+    assert context_count(full, 1e4, -1, 0.5) == 1.0
+    assert context_count(full, 1e4, -1, 1e-5) == pytest.approx(0.1)
+    assert context_count(part, 1e4, -1, 0.5) == 0.0
 
 
 def test_without_a_history_the_user_features_are_zero() -> None:

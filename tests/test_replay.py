@@ -151,6 +151,23 @@ def test_rows_of_a_basket_are_brought_together(tmp_path: Path) -> None:
     assert "--protocol: expected line or basket" in str(answer.exception)
 
 
+def test_what_is_chosen_where(tmp_path: Path) -> None:
+    """Other things are chosen in one place than in another, by anybody: a column of a csv as context tells it."""
+    rng, lines = np.random.default_rng(5), ["user,item,ts,where"]
+    for t in range(1200):
+        where = int(rng.integers(4))
+        item = 10 * where + min(int(rng.exponential(3)), 9)
+        lines.append(f"u{rng.integers(400)},i{item},{1_600_000_000 + 600 * t},w{where}")
+    path = write(tmp_path / "l.csv", "\n".join(lines) + "\n")
+    log = read_log(path, "csv", {"context:place": "where"})
+    assert log.events[0].context in [{"place": f"w{k}"} for k in range(4)]
+    told, untold = run(log, exclusion="none"), run(read_log(path, "csv"), exclusion="none")
+    assert told["metrics"]["ndcg@10"] > untold["metrics"]["ndcg@10"] + 0.1
+    assert told["channels"]["context"]["hit_rate@10"] > 0.8
+    with pytest.raises(ReplayError, match="context:NAME, got place"):
+        read_log(path, "csv", {"place": "where"})
+
+
 def test_movielens_is_sorted_with_ties_in_file_order(tmp_path: Path) -> None:
     rows = "userId,movieId,rating,timestamp\n1,a,4.0,300\n2,b,0.5,100\n3,c,5.0,300\n4,d,x,100\n5,e,6.0,100\n6,f,3\n"
     log = read_log(write(tmp_path / "ratings.csv", rows), "movielens")

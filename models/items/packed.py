@@ -7,6 +7,7 @@ Row, version 2, little endian, in 8-byte words; neighbours by item hash, row num
     words 15, 16 times shown, outcomes of showing u64; 17-19 sums of the rows of A, B and C f64
     then         a hashes u64, a weights f64, b hashes u64, b weights f64, c hashes u64, c weights f64, the id in utf-8
 
+A c of 128 and more says that the row is a context (see `contexts`): its C, c - 128 long, is what was chosen under it.
 Version 1 had no C: neither its length nor its sum. Both are read, version 2 is written.
 """
 
@@ -30,16 +31,17 @@ _ODD: Final = "item row {:016x}: expected finite counts and weights from 0 on, g
 F64 = NDArray[np.float64]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
-def packed(rows: I64, ids: list[bytes], shown: I64, outcomes: I64, arrays: ItemArrays) -> list[bytes]:
+def packed(rows: I64, ids: list[bytes], shown: I64, outcomes: I64, contexts: Bools, arrays: ItemArrays) -> list[bytes]:
     """Return the packed bytes of these rows, with these ids (empty where no event told one)."""
     start = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(_sizes(rows, arrays), out=start[1:])
     words = np.zeros(int(start[-1]), np.uint64)
     lengths = np.fromiter(map(len, ids), np.uint64, len(ids))
     _pack(
-        words, words.view(np.float64), words.view(np.int32), start, rows, lengths, shown, outcomes, arrays,
+        words, words.view(np.float64), words.view(np.int32), start, rows, lengths, shown, outcomes, contexts, arrays,
     )  # fmt: skip
     data, cuts = words.tobytes(), (8 * start).tolist()
     return [data[a:b] + text for a, b, text in zip(cuts[:-1], cuts[1:], ids, strict=True)]
@@ -89,9 +91,9 @@ def _words(key: int, blob: bytes) -> int:
         got = f"{len(blob)} bytes that begin with {blob[:2].hex() or 'nothing'}"
         raise CodecError(f"item row {key:016x}: expected version {VERSION - 1} or {VERSION}, got {got}")
     newest = blob[0] == VERSION
-    size = _FIXED + 2 * (blob[1] + blob[2] + blob[3]) - (not newest)
+    size = _FIXED + 2 * (blob[1] + blob[2] + (blob[3] & 127)) - (not newest)
     expected = 8 * size + int.from_bytes(blob[4:8], "little")
-    if len(blob) != expected or blob[1] > K or blob[2] > K or blob[3] > K_LONG * newest:
+    if len(blob) != expected or blob[1] > K or blob[2] > K or blob[3] & 127 > K_LONG or (blob[3] and not newest):
         raise CodecError(f"item row {key:016x}: expected {expected} bytes, got {len(blob)}")
     try:
         blob[8 * size :].decode()
@@ -138,7 +140,16 @@ def _sizes(rows, arrays):  # type: ignore[no-untyped-def]
 def _counts(word):  # type: ignore[no-untyped-def]
     """Return the lengths of the three lists and the words before them, off a row's first word."""
     head = np.int64(18) + (np.int64(word) & 255)
-    return np.int64(word >> np.uint64(8)) & 255, np.int64(word >> np.uint64(16)) & 255, np.int64(word >> np.uint64(24)) & 255, head  # noqa: E501  # fmt: skip
+    return np.int64(word >> np.uint64(8)) & 255, np.int64(word >> np.uint64(16)) & 255, np.int64(word >> np.uint64(24)) & 127, head  # noqa: E501  # fmt: skip
+
+
+@njit(cache=True)
+def context_words(words, start):  # type: ignore[no-untyped-def]
+    """Return bool[n]: the packed row is a context."""
+    out = np.zeros(len(start) - 1, np.bool_)
+    for i in range(len(out)):
+        out[i] = words[start[i]] & np.uint64(1 << 31) != 0
+    return out
 
 
 @njit(cache=True)
@@ -163,11 +174,12 @@ def _read(floats, at, n, neighbours, first, items, weights, row):  # type: ignor
 
 
 @njit(cache=True)
-def _pack(words, floats, halves, start, rows, id_lengths, shown, outcomes, arrays):  # type: ignore[no-untyped-def]
+def _pack(words, floats, halves, start, rows, id_lengths, shown, outcomes, contexts, arrays):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         row, at = rows[i], start[i]
         a, b, c = _length(arrays.a_items, row), _length(arrays.b_items, row), _length(arrays.c_items, row)
-        words[at] = np.uint64(2 | a << 8 | b << 16 | c << 24) | (id_lengths[i] << np.uint64(32))
+        flag = 128 if contexts[row] else 0
+        words[at] = np.uint64(2 | a << 8 | b << 16 | (c | flag) << 24) | (id_lengths[i] << np.uint64(32))
         for h in range(8):
             floats[at + 1 + h] = arrays.weights[row, h]
             halves[2 * (at + 9) + h] = arrays.cells[row, h]

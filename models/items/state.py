@@ -6,6 +6,7 @@ and catalogue (a fold over `items`) are disjoint fields of a row. Knows nothing 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
@@ -17,8 +18,9 @@ from models.content.tokens import BUCKETS, shares, tokens
 from models.content.tokens import ROOM as TOKENS
 from models.decay import Popularity, add, grown
 from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, Entries, Shown
-from models.items.packed import load_rows, neighbour_words, packed, read
-from models.items.transitions import K_LONG, WINDOW, ItemArrays, K, follow
+from models.items.contexts import CONTEXTS, MOST_CONTEXT, packed_context_keys
+from models.items.packed import context_words, load_rows, neighbour_words, packed, read
+from models.items.transitions import K_LONG, WINDOW, ItemArrays, K, bump, follow
 from models.rows import BEHAVIOUR, CATALOGUE, Rows
 
 ROOM: Final = 256
@@ -54,6 +56,7 @@ class Items:
     first, last f64[capacity] (s), born f64[capacity] (published_at, s), shown and outcomes i64[capacity],
     hidden u8[capacity] (1: not to be served: deleted, id unknown, or the catalogue is required and lacks it); tokens
     i32[capacity, 24] of the catalogue entry, -1 = none, the first token_fields u8[capacity] of them of its fields.
+    contexts bool[capacity]: rows that are no items but contexts, whose list C holds what was chosen under them.
     """
 
     def __init__(self, *, rows: Rows, require_catalogue: bool = False) -> None:
@@ -80,6 +83,8 @@ class Items:
         self.c_items: I32 = np.zeros((0, K_LONG), np.int32)
         self.c_weights: F64 = np.zeros((0, K_LONG))
         self.c_sums: F64 = np.zeros(0)
+        self.contexts: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._context_rows: dict[int, int] = {}
         self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._named: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.ids: list[str] = []
@@ -96,7 +101,7 @@ class Items:
 
     @property
     def behaving(self) -> I64:
-        """Rows with behaviour: what `pack` is for, and what a cap counts."""
+        """Rows with behaviour, contexts among them: what `pack` is for."""
         return self.rows.held_by(BEHAVIOUR)
 
     @property
@@ -122,7 +127,7 @@ class Items:
         self.a_weights, self.b_weights = grown(self.a_weights, capacity), grown(self.b_weights, capacity)
         self.a_sums, self.b_sums = grown(self.a_sums, capacity), grown(self.b_sums, capacity)
         self.c_items, self.c_weights = grown(self.c_items, capacity, -1), grown(self.c_weights, capacity)
-        self.c_sums = grown(self.c_sums, capacity)
+        self.c_sums, self.contexts = grown(self.c_sums, capacity), grown(self.contexts, capacity)
         self._touched, self._named = grown(self._touched, capacity), grown(self._named, capacity)
 
     def arrays(self) -> ItemArrays:
@@ -152,13 +157,14 @@ class Items:
         targets = self.rows.add(entries.target[entries.target != 0])
         start, keys = _recent(entries.history_start, entries.history_item, entries.flags, entries.target)
         history = self.rows.add(keys)
+        context_start, contexts = self._under(entries)
         exposed = self.rows.add(np.concatenate(shown)) if shown else None
         self.grow()
         self._name(entries, targets)
         popularity = self.popularity
         _fold(
-            entries.target, targets, entries.flags, entries.time, start, history, popularity.totals,
-            popularity.total_cells, popularity.last, self.outcomes, self.arrays(), self._touched,
+            entries.target, targets, entries.flags, entries.time, start, history, context_start, contexts,
+            popularity.totals, popularity.total_cells, popularity.last, self.outcomes, self.arrays(), self._touched,
         )  # fmt: skip
         if exposed is not None:
             np.add.at(self.shown, exposed, 1)
@@ -167,6 +173,33 @@ class Items:
         self._touched[changed] = False
         self.rows.hold(changed, BEHAVIOUR)
         return changed
+
+    def _under(self, entries: Entries) -> tuple[I64, I64]:
+        """Return (start i64[n + 1], rows of the contexts of each entry that counts); new ones as far as there is room.
+
+        An entry counts for its contexts where it enters a sequence and has a voice.
+        """
+        counts = ((entries.flags & (ENTERS | VOICE)) == (ENTERS | VOICE)) & (entries.target != 0)
+        start, rows = np.zeros(len(entries) + 1, np.int64), list[int]()
+        for i in np.flatnonzero(counts).tolist():
+            for key in packed_context_keys(entries.extra[i]):
+                row = self._context_rows.get(key)
+                if row is None and len(self._context_rows) < CONTEXTS:
+                    row = int(self.rows.add(np.array([key], np.uint64))[0])
+                    self.grow()
+                    self._context(row, key)
+                if row is not None:
+                    rows.append(row)
+                    start[i + 1] += 1
+        return np.cumsum(start), np.array(rows, np.int64)
+
+    def _context(self, row: int, key: int) -> None:
+        self.contexts[row] = True
+        self._context_rows[key] = row
+
+    def context_rows(self, keys: Iterable[int]) -> I64:
+        """Return the rows of the contexts with these names that are known, i64[c]."""
+        return np.array([row for key in keys if (row := self._context_rows.get(key)) is not None], np.int64)
 
     def _apart(self, entries: Entries) -> tuple[Entries, list[U64]]:
         """Set entries aside that cannot be folded; return the others, and what each of their impressions showed.
@@ -198,14 +231,24 @@ class Items:
         """Let the least recently seen items leave where more than `most` have behaviour.
 
         Returns the hashes of those that left and the rows whose lists lost one of them. A function of the packed rows
-        alone. Items that were shown and never acted on leave first; ties leave by hash.
+        alone. Items that were shown and never acted on leave first; ties leave by hash. Contexts have their own cap.
         """
         living = self.behaving
-        if len(living) <= most:
-            return np.empty(0, np.uint64), np.empty(0, np.int64)
-        order = np.lexsort((self.rows.keys[living], self.last[living]))
-        gone = self.rows.keys[living[order[: len(living) - most + most // ROOM]]]
-        return gone, self.remove(gone)
+        of_contexts = self.contexts[living]
+        gone = np.concatenate(
+            [
+                self._oldest(living[~of_contexts], most, most // ROOM),
+                self._oldest(living[of_contexts], CONTEXTS * 7 // 8, CONTEXTS // 8),
+            ]
+        )
+        return (gone, self.remove(gone)) if len(gone) else (gone, np.empty(0, np.int64))
+
+    def _oldest(self, rows: I64, most: int, more: int) -> U64:
+        """Return the hashes of the least recently seen rows above `most`, and of so many `more`; none if none is."""
+        if len(rows) <= most:
+            return np.empty(0, np.uint64)
+        keys: U64 = self.rows.keys[rows]
+        return keys[np.lexsort((keys, self.last[rows]))[: len(rows) - most + more]]
 
     def remove(self, keys: U64) -> I64:
         """Forget the behaviour of the items with these hashes u64[k]; return the rows whose lists lost one of them."""
@@ -224,7 +267,9 @@ class Items:
         self.first[rows], self.last[rows] = NEVER_FIRST, NEVER_LAST
         self.shown[rows] = self.outcomes[rows] = 0
         self.a_sums[rows] = self.b_sums[rows] = self.c_sums[rows] = 0.0
-        self._named[rows] = False
+        self._named[rows] = self.contexts[rows] = False
+        for key in keys.tolist():
+            self._context_rows.pop(key, None)
         for row in rows.tolist():
             if row not in self.catalogue:
                 self.ids[row] = ""
@@ -279,7 +324,7 @@ class Items:
         """Return the packed bytes of these rows: behaviour and id, by the module's layout."""
         # An id that only the catalogue told is not behaviour: `items` and `examples` have no common order.
         ids = [self.ids[row].encode() if self._named[row] else b"" for row in rows.tolist()]
-        return packed(rows, ids, self.shown, self.outcomes, self.arrays())
+        return packed(rows, ids, self.shown, self.outcomes, self.contexts, self.arrays())
 
     def load(self, keys: U64, blobs: list[bytes]) -> I64:
         """Replace the behaviour of the rows of `keys` u64[k] by packed values, return the rows; raises CodecError."""
@@ -293,6 +338,8 @@ class Items:
             words, words.view(np.float64), words.view(np.int32), start, rows, neighbours, self.shown, self.outcomes,
             self.arrays(),
         )  # fmt: skip
+        for at in np.flatnonzero(self.contexts[rows] | context_words(words, start)).tolist():
+            self._context(int(rows[at]), int(keys[at]))
         for row, text in zip(rows.tolist(), ids, strict=True):
             if text and not self._named[row]:
                 self._named[row] = True
@@ -325,7 +372,7 @@ def _recent(history_start, history_item, flags, target):  # type: ignore[no-unty
 
 
 @njit(cache=True)
-def _fold(target, targets, flags, time, start, history, totals, total_cells, latest, outcomes, arrays, touched):  # type: ignore[no-untyped-def]  # fmt: skip
+def _fold(target, targets, flags, time, start, history, context_start, contexts, totals, total_cells, latest, outcomes, arrays, touched):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Fold entries one at a time; the only place where behaviour changes (exposure apart)."""
     weights, cells, first, last = arrays.weights, arrays.cells, arrays.first, arrays.last
     at = 0
@@ -344,6 +391,11 @@ def _fold(target, targets, flags, time, start, history, totals, total_cells, lat
             if flags[i] & SHOWN:
                 outcomes[row] += 1
             follow(row, history[start[i] : start[i + 1]], arrays, touched)
+        for c in range(context_start[i], context_start[i + 1]):
+            under = contexts[c]
+            bump(arrays.c_items, arrays.c_weights, arrays.c_sums, under, row, 1.0, MOST_CONTEXT)
+            last[under] = max(last[under], t)
+            touched[under] = True
 
 
 @njit(cache=True)

@@ -32,6 +32,8 @@ TARGET, HATED, FOLLOWS = 1, 0, -1
 """
 PUSHED: Final = ("hide", "skip")
 """Actions that say no."""
+CONTEXT: Final = "context:"
+"""Before the name of a field of the context: --columns context:device=COLUMN."""
 COLUMNS: Final = ("user", "item", "ts", "rating", "dwell", "kind", "basket")
 LISTED: Final = 20
 
@@ -290,9 +292,10 @@ def _kuairand(file: Path, log: ReplayLog) -> None:
 
 
 def _csv(file: Path, log: ReplayLog, columns: Mapping[str, str]) -> None:
-    unknown = [name for name in columns if name not in (*COLUMNS, *DESCRIBING)]
+    known = (*COLUMNS, *DESCRIBING)
+    unknown = [name for name in columns if name not in known and not name.startswith(CONTEXT)]
     if unknown:
-        raise ReplayError(f"--columns: expected {', '.join((*COLUMNS, *DESCRIBING))}, got {', '.join(unknown)}")
+        raise ReplayError(f"--columns: expected {', '.join(known)}, {CONTEXT}NAME, got {', '.join(unknown)}")
     names = {"user": "user", "item": "item", "ts": "ts", **columns}
     fields = list(names)
     rows = list(_table(file, log, tuple(names.values())))
@@ -320,6 +323,13 @@ def _finite(texts: Iterable[str]) -> list[float]:
 
 
 def _interaction(row: dict[str, str], scale: tuple[float, float]) -> Interaction:
+    event = _bare(row, scale)
+    context = {name.removeprefix(CONTEXT): value for name, value in row.items() if name.startswith(CONTEXT) and value}
+    event.context = context or None
+    return event
+
+
+def _bare(row: dict[str, str], scale: tuple[float, float]) -> Interaction:
     """Read a CSV row: its kind by the column `kind`, else by which of rating and dwell it has, else a click."""
     user, item, ts = row["user"], row["item"], _time(row["ts"])
     kind = row.get("kind") or ("rating" if row.get("rating") else "dwell" if row.get("dwell") else "click")

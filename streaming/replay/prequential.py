@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from models import metrics
 from models.decay import GRID
 from models.examples import Entries, item_hash
-from models.items import CatalogueItem, Items
+from models.items import CatalogueItem, Items, context_keys
 from models.learner import Learner
 from models.profile import unpack
 from models.recommend import NONE, History, Request, Slate, blocked_rows, recommend, score_items
@@ -145,6 +145,7 @@ class Replay:
         return Request(
             slate_id=f"replay-{self._offset}", now=event.ts, policy="greedy", keep_candidates=True,
             seen="exclude" if self.exclusion == "seen" else "include", exclude=exclude,
+            context=context_keys(event.context or {}),
         )  # fmt: skip
 
     def _note(self, event: Interaction, history: History, request: Request, slate: Slate) -> None:
