@@ -19,6 +19,7 @@ import numpy as np
 from infra.settings import Settings
 from infra.stack import Stack
 from models import metrics
+from streaming.replay.catalogue import Catalogue
 from streaming.replay.logs import TARGET, ReplayError, ReplayLog, roles
 from streaming.replay.prequential import Exclusion, run
 from streaming.topics import decode_token, encode_token
@@ -32,8 +33,9 @@ Tell = Callable[[int], None]
 class LiveReplay:
     """A client of one stack that replays a log in order, one event at a time."""
 
-    def __init__(self, client: httpx.Client, exclusion: Exclusion) -> None:
+    def __init__(self, client: httpx.Client, exclusion: Exclusion, catalogue: Catalogue) -> None:
         self._client, self._exclusion = client, exclusion
+        self._untold = dict(catalogue.items)
         self._offsets: dict[int, int] = {}
         self._known: set[str] = set()
         self._baskets: dict[str, list[str]] = {}
@@ -61,6 +63,9 @@ class LiveReplay:
         answer = self._call("POST", "/v1/events", json=[msgspec.to_builtins(event)])
         for partition, offset in decode_token(answer["token"]).events.items():
             self._offsets[partition] = max(offset, self._offsets.get(partition, -1))
+        item = self._untold.pop(event.item_id, None)
+        if item is not None:  # after its first event, as in process: no slate holds what nobody chose yet
+            self._call("POST", "/v1/items", json=[msgspec.to_builtins(item)])
 
     def _slate(self, event: Any, basket: str) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -102,7 +107,7 @@ def run_live(log: ReplayLog, *, exclusion: Exclusion, seed: int, tell: Tell = la
             folder, running=False, kafka="", redis="", feature_share=1.0, policy="greedy", seed=seed, port=0
         )
         with Stack(settings) as stack, httpx.Client(base_url=stack.api, timeout=30) as client:
-            live, began = LiveReplay(client, exclusion), time.monotonic()
+            live, began = LiveReplay(client, exclusion, log.catalogue), time.monotonic()
             rows = zip(log.events, log.baskets, roles(log.events), strict=True)
             for done, (event, basket, role) in enumerate(rows, 1):
                 if role == TARGET:
