@@ -57,7 +57,7 @@ class Cache:
         if self._folder is None:
             return None
         try:
-            with np.load(self._path(name, on), allow_pickle=False) as stored:
+            with self._path(name, on).open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays = {key: stored[key] for key in stored.files if key != "facts"}
                 facts = json.loads(stored["facts"].tobytes())
         except (OSError, ValueError, KeyError, EOFError, json.JSONDecodeError):
