@@ -326,7 +326,10 @@ def test_predictors_of_ratings_and_labels() -> None:
         result = method.run(rated, {"rate": 0.025, "l2": 0.0}, setup_of(rated))
         told = compare.rmse_figures(rated, result)
         error = (result.predictions - rated.value) ** 2  # type: ignore[operator]
-        assert error[-500:].mean() < error[:500].mean(), short
+        if short == "river_baseline":  # what is planted lies in the pairs: biases alone can only not be far off
+            assert np.sqrt(error.mean()) < 1.3 * spread
+        else:
+            assert error[-500:].mean() < error[:500].mean(), short
         if short == "river_biased_mf":
             assert np.sqrt(error[-500:].mean()) < 0.9 * spread
         assert told["rating_rmse_interval"][0] < told["rating_rmse"] < told["rating_rmse_interval"][1]
@@ -350,7 +353,11 @@ def test_the_schedule_fits_the_span() -> None:
 
 
 def test_a_delay_shorter_than_the_gaps_changes_nothing_and_a_long_one_takes_what_was_learnt() -> None:
-    log = log_of([(f"u{t % 5}", f"i{(t // 5 + t % 5) % 12}", 1e9 + 30.0 * t, "") for t in range(240)])
+    first = np.random.default_rng(3).integers(0, 6, 600)
+    # Each user chooses one of six at random, then always its partner: who does not know the one cannot tell the other.
+    log = log_of(
+        [(f"u{t % 5}", f"i{2 * first[t % 5 + 5 * (t // 10)] + t // 5 % 2}", 1e9 + 30.0 * t, "") for t in range(600)]
+    )
     events = read_events(log, protocol="line", exclusion="none")
 
     def ranks(**delay: float) -> Any:
@@ -360,7 +367,7 @@ def test_a_delay_shorter_than_the_gaps_changes_nothing_and_a_long_one_takes_what
     fresh = ranks()
     np.testing.assert_array_equal(ranks(reading=1.0), fresh)
     np.testing.assert_array_equal(ranks(learning=1.0), fresh)
-    # Users come every 150 s: a profile of 200 s ago lacks the newest item, and everybody walks on by one.
+    # Users come every 150 s: a profile of 200 s ago lacks the newest item.
     late = metrics.ndcg(ranks(reading=200.0)).mean()
     assert late < 0.8 * metrics.ndcg(fresh).mean()
     assert np.isinf(ranks(learning=1e9)).all()

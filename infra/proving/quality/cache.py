@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import os
+import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -60,7 +61,7 @@ class Cache:
             with self._path(name, on).open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays = {key: stored[key] for key in stored.files if key != "facts"}
                 facts = json.loads(stored["facts"].tobytes())
-        except (OSError, ValueError, KeyError, EOFError, json.JSONDecodeError):
+        except (OSError, ValueError, KeyError, EOFError, json.JSONDecodeError, zipfile.BadZipFile):
             return None
         self.found += 1
         return arrays, facts
