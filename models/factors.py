@@ -213,7 +213,7 @@ def _is_row(blob: bytes, dtype: np.dtype[Any], form: int) -> bool:
 
 def with_stats(blobs: list[bytes], stats: F32) -> list[bytes]:
     """Return packed rows with the statistics f32[k, 8] behind them; those that have none stay of version 1."""
-    some = stats.any(1).tolist()
+    some: list[bool] = np.any(stats, axis=1).tolist()
     tails = np.ascontiguousarray(stats, "<f4")
     return [b"\x02" + a[1:] + tails[i].tobytes() if some[i] else a for i, a in enumerate(blobs)]
 

@@ -58,7 +58,8 @@ def test_bounded_whatever_the_text(title: str, text: str, categories: list[str],
     item = CatalogueItem(title=title, text=text, categories=categories, tags=tags, provider=by)
     found, fields = tokens(item)
     there = found[found >= 0]
-    assert (found.shape, found.dtype) == ((ROOM,), np.int32)
+    assert found.shape == (ROOM,)
+    assert found.dtype == np.dtype(np.int32)
     assert 0 <= fields <= min(FIELDS, len(there))
     assert (there < BUCKETS).all()
     assert (found[len(there) :] == -1).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -47,7 +49,7 @@ def test_a_score_does_not_depend_on_what_else_may_be_shown() -> None:
     items, learner = world()
     now = float(items.popularity.last[0]) + 60.0
     history = History(items=KEYS[[4, 2, 7]], times=now - np.array([10.0, 20.0, 30.0]), kinds=np.ones(3, np.uint8))
-    ask = {"slate_id": "s", "now": now, "seen": "include", "policy": "greedy", "n": 5}
+    ask: dict[str, Any] = {"slate_id": "s", "now": now, "seen": "include", "policy": "greedy", "n": 5}
     everything = recommend(items, learner.model, history, Request(**ask))
     scores = dict(zip(everything.candidates.tolist(), everything.candidate_scores.tolist(), strict=True))
     for seed in range(5):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from infra.cli import app
 from models.examples import item_hash
 from models.profile import unpack
 from models.retrieval import CHANNELS
-from streaming.events import Action, Click, Dwell, Rating, View
+from streaming.events import Action, Click, Dwell, Interaction, Rating, View
 from streaming.replay.logs import FOLLOWS, HATED, TARGET, ReplayError, ReplayLog, read_log, roles
 from streaming.replay.prequential import Replay, run
 from streaming.replay.report import plot
@@ -253,8 +254,8 @@ def test_kuairand(tmp_path: Path) -> None:
 
 
 def test_a_dwell_is_a_target_unless_it_follows_its_click() -> None:
-    made = {"user_id": "u", "ts": 1.0}
-    events = [
+    made: dict[str, Any] = {"user_id": "u", "ts": 1.0}
+    events: list[Interaction] = [
         Dwell(item_id="a", seconds=1, **made), Click(item_id="b", **made), Dwell(item_id="b", seconds=1, **made),
         Dwell(item_id="b", seconds=9, **made), Dwell(item_id="a", seconds=1, **made),
         Action(item_id="a", name="skip", **made), Action(item_id="a", name="like", **made),

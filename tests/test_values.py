@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_it_learns_who_hides_what_and_who_stays() -> None:
     rng, events = np.random.default_rng(0), list[Event]()
     for i in range(3000):
         user, item = f"u{rng.integers(20)}", int(rng.integers(40))
-        at = {"user_id": user, "item_id": f"i{item}", "ts": T0 + i}
+        at: dict[str, Any] = {"user_id": user, "item_id": f"i{item}", "ts": T0 + i}
         if rng.random() < (0.8 if item % 4 == 0 else 0.05):
             events.append(Action(name="hide", **at))
         else:
@@ -200,15 +201,15 @@ def test_heads_reach_the_slate() -> None:
     rng, events = np.random.default_rng(0), list[Event]()
     for i in range(1200):
         item = int(rng.integers(30))
-        at = {"user_id": f"u{rng.integers(20)}", "item_id": f"i{item}", "ts": T0 + i}
+        at: dict[str, Any] = {"user_id": f"u{rng.integers(20)}", "item_id": f"i{item}", "ts": T0 + i}
         events.append(Click(**at))
         if item % 3 == 0:
             events.append(Action(name="hide", **at))
     entries, rows = told(events), Rows()
     items, learner = Items(rows=rows), Learner(rows=rows)
     items.fold(entries)
-    for at in range(0, len(entries), 50):
-        learner.learn(entries.slice(at, min(at + 50, len(entries)), []))
+    for first in range(0, len(entries), 50):
+        learner.learn(entries.slice(first, min(first + 50, len(entries)), []))
 
     def share(weight: float) -> float:
         weights = np.array([1.0, 0.0, 0.0, 0.0, weight, 0.0])
