@@ -146,7 +146,7 @@ async def test_the_item_agent_names_what_it_cannot_read(settings: Settings) -> N
     victim = item_hash("i3")
     place, field = keys.item_rows(victim & 255), victim.to_bytes(8, "little")
     good = await client.hget(place, field)
-    for bad in (b"", good[:-3], b"\x02" + good[1:], good[:1] + b"\xff" + good[2:]):
+    for bad in (b"", good[:-3], b"\x09" + good[1:], good[:1] + b"\xff" + good[2:]):
         await client.hset(place, field, bad)
         with pytest.raises(StoredBytesError, match=rf"rows:{victim & 255} field {victim:016x}.*rebuild --switch"):
             await load_items(store, MOST)
