@@ -44,7 +44,7 @@ def test_a_minute_of_chaos_loses_nothing_and_counts_nothing_twice(tmp_path: Path
     assert len({FAULTS[kind].on for kind in report.kills}) >= 5
     assert report.unrecovered == 0
     assert report.recover_max_s is not None
-    assert report.recover_max_s < 100  # its figure is for the report: beside other work all of it takes longer
+    assert report.recover_max_s < 150  # its figure is for the report: beside other work all of it takes longer
     assert stages >= {"faults", "draining", "comparing"}
     assert {"chaos.log", "users-0.log", "api.log"} <= {path.name for path in (tmp_path / "logs").iterdir()}
 
