@@ -18,7 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from models.decay import grown
-from models.factors import DIM, POSITIONS, Factors, mix64
+from models.factors import DIM, POSITIONS, Factors, dot, mix64
 
 NEGATIVES: Final = 512
 RECENT: Final = 4096
@@ -77,15 +77,6 @@ def _log(count):  # type: ignore[no-untyped-def]
     if count == 1.0:
         return 0.0
     return math.log(count) if count > 0.0 else -np.inf
-
-
-@njit(cache=True, fastmath={"reassoc", "contract"})
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    """Return the dot product of two f32 vectors, as vector code."""
-    s = np.float32(0.0)
-    for j in range(len(a)):
-        s += a[j] * b[j]
-    return s
 
 
 @njit(cache=True)
@@ -151,10 +142,10 @@ def _few(rows, counts, target_at, history, local, vectors, bias, positions, star
     gradient = np.zeros((n, d), np.float32)
     for i in range(b):
         for k in range(d):
-            q[i, k] = _dot(both[k], user[i])
+            q[i, k] = dot(both[k], user[i])
     for c in range(n):
         for i in range(b):
-            g[i, c] += _dot(q[i], vectors[rows[c]])
+            g[i, c] += dot(q[i], vectors[rows[c]])
     _softmax(g)
     loss = _toward(target_at, g)
     for c in range(n):
@@ -189,12 +180,12 @@ def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, p
         for p in range(21):
             d_share[p] = 0.0
             if p == 20:
-                d_share[p] = _dot(d_user[i, :d], start)
+                d_share[p] = dot(d_user[i, :d], start)
                 for j in range(d):
                     d_start[j] += share[i, p] * d_user[i, j]
             elif history[i, p] >= 0:
                 row, c = history[i, p], local[history[i, p]]
-                d_share[p] = _dot(d_user[i, :d], vectors[row])
+                d_share[p] = dot(d_user[i, :d], vectors[row])
                 for j in range(d):
                     gradient[c, j] += share[i, p] * d_user[i, j]
             mean += share[i, p] * d_share[p]
@@ -213,18 +204,18 @@ def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, p
             d_bias += g[i, c]
         if d_bias != 0.0:
             bias_squares[row] += d_bias * d_bias
-            bias[row] -= 0.02 * d_bias / math.sqrt(bias_squares[row])
+            bias[row] -= SMALL_RATE * d_bias / math.sqrt(bias_squares[row])
     _adagrad_row(start, d_start, start_square, 0)
     for p in range(21):
         position_squares[p] += d_positions[p] * d_positions[p]
-        positions[p] -= 0.02 * d_positions[p] / math.sqrt(position_squares[p])
+        positions[p] -= SMALL_RATE * d_positions[p] / math.sqrt(position_squares[p])
 
 
 @njit(cache=True)
 def _adagrad_row(vector, gradient, squares, at):  # type: ignore[no-untyped-def]
     """Row-wise Adagrad: one accumulator per row, of the mean squared gradient; rate .2."""
-    squares[at] += _dot(gradient, gradient) / np.float32(len(gradient))
-    rate = np.float32(0.2 / math.sqrt(squares[at]))
+    squares[at] += dot(gradient, gradient) / np.float32(len(gradient))
+    rate = np.float32(RATE / math.sqrt(squares[at]))
     for j in range(len(gradient)):
         vector[j] -= rate * gradient[j]
 
@@ -238,7 +229,7 @@ def _adam(weights, gradient, moment, moment2, first, second):  # type: ignore[no
             gradient[k, j] = 0.0
             moment[k, j] = 0.9 * moment[k, j] + 0.1 * slope
             moment2[k, j] = 0.999 * moment2[k, j] + 0.001 * slope * slope
-            weights[k, j] -= 0.001 * (moment[k, j] / first) / (math.sqrt(moment2[k, j] / second) + 1e-8)
+            weights[k, j] -= ADAM_RATE * (moment[k, j] / first) / (math.sqrt(moment2[k, j] / second) + 1e-8)
 
 
 class Encoder:

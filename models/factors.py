@@ -51,6 +51,18 @@ def mix64(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> np.uint64(31))
 
 
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def dot(a, b):  # type: ignore[no-untyped-def]
+    """Return the dot product of two f32 vectors, as vector code (10 x faster), summed in an order of the processor's.
+
+    For scores and learning steps; never in the fold of a profile or an item row.
+    """
+    s = np.float32(0.0)
+    for j in range(len(a)):
+        s += a[j] * b[j]
+    return s
+
+
 @njit(cache=True)
 def _born(keys, rows, vectors):  # type: ignore[no-untyped-def]
     for row in rows:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from models.content.tokens import lifts
 from models.decay import NAMES, popularities
+from models.factors import dot
 from models.items import cosine
 
 FEATURES: Final = (
@@ -84,13 +85,14 @@ class Viewer(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The moment: what the popularities of `models.decay` are read with at `now` (s)."""
+    """The moment: what the popularities of `models.decay` are read with at `now` (s), and `Items.token_shares`."""
 
     now: float
     cells: I32
     scale: F64
     totals: F64
     known: float
+    token_shares: F64
 
 
 class Learnt(NamedTuple):
@@ -100,15 +102,6 @@ class Learnt(NamedTuple):
     vectors: F32
     bias: F32
     query: F32
-
-
-@njit(cache=True, fastmath={"reassoc", "contract"})
-def dot(a, b):  # type: ignore[no-untyped-def]
-    """Return the dot product of two f32 vectors, as vector code (10 x faster); for scoring only, never in a fold."""
-    s = np.float32(0.0)
-    for j in range(len(a)):
-        s += a[j] * b[j]
-    return s
 
 
 @njit(cache=True)
@@ -231,7 +224,7 @@ def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ign
             _spread(place, items.b_items, items.b_weights, history[p], 15, 0.8**p, out)
     _own(place, viewer.own, out)
     _visited(place, rows, history, items, out)
-    lifts(rows, history, items.tokens, items.token_fields, items.token_shares, out, _CONTENT)
+    lifts(rows, history, items.tokens, items.token_fields, frame.token_shares, out, _CONTENT)
     context_places = _context_places(place, viewer.context, items, m)
     own_latest = np.full(m, -np.inf)
     for p in range(h):

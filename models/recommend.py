@@ -201,7 +201,8 @@ def _rank(
     x = np.empty((len(rows), F))
     features(
         rows, place, viewer,
-        Frame(request.now, frame[0], frame[1], frame[2], max(float(items.n), 1.0)), items.arrays(), items.born,
+        Frame(request.now, frame[0], frame[1], frame[2], max(float(items.n), 1.0), items.token_shares()),
+        items.arrays(), items.born,
         Learnt(model.mixture, model.factors.vectors, model.factors.bias, q), x,
     )  # fmt: skip
     said = np.zeros((len(rows), len(heads.HEADS)))

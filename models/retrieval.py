@@ -19,7 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from models.decay import STEPS, blend, scan, steps_between
-from models.features import dot
+from models.factors import dot
 from models.items import ItemArrays, cosine
 
 CHANNELS: Final = (

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from models.decay import grown
 from models.examples import ACTION, DWELL, HIDDEN, LOW, RATING, SKIPPED, Entries
-from models.factors import fitted
-from models.features import dot
+from models.factors import dot, fitted
 from models.rows import Rows, find_row
 
 HEADS: Final = ("rating", "dwell", "skip", "hide", "low_rating")

@@ -39,7 +39,7 @@ from serving.parts import Parts
 from serving.slates import Impressions
 from serving.snapshot import Live, Snapshot
 from streaming.state import connect
-from streaming.topics import Ends, Log, LogError, Topics, TopicsError, preflight
+from streaming.topics import Ends, Log, LogError, TopicsError, preflight, topics_of
 
 LOOKUP_TIMEOUT_S = 0.5
 PING_S = 2.0
@@ -79,7 +79,7 @@ def create_parts(settings: Settings) -> Parts:
     """Return the parts of one API process, not yet connected; raises BindingError, KeysError."""
     ring = KeyRing(settings.keys_path, settings.admin_key, must_exist=bool(settings.keys))
     check_binding(settings.host, has_key=bool(settings.admin_key or ring.keys), admin_key=settings.admin_key)
-    topics = Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
+    topics = topics_of(settings)
     telemetry, producer = Telemetry(), Log(settings.kafka)
     counted = {"appended": 0, "dropped": 0, "failed": 0}
 

@@ -163,9 +163,7 @@ async def models(parts: Parts, request: Request) -> Response:
                     strict=True,
                 )
             ),
-            "head_weights": dict(
-                zip(heads.NAMES, heads.head_weights(parts.settings.head_weights).tolist(), strict=True)
-            ),
+            "head_weights": dict(zip(heads.NAMES, parts.head_weights.tolist(), strict=True)),
             "vectors": {"rows": model.rows.known, "dim": int(model.factors.vectors.shape[1])},
             "policy": parts.settings.policy,
             "epsilon": parts.settings.epsilon,

@@ -20,7 +20,6 @@ from infra.telemetry import SLATE_SECONDS, SLATES, TOKEN_WAITS
 from models.examples import CodecError, item_hash
 from models.items import context_keys
 from models.profile import unpack
-from models.ranker.heads import head_weights
 from models.recommend import History, Slate, popular, recommend, samples, similar
 from models.recommend import Request as Ask
 from models.retrieval import CHANNELS
@@ -166,9 +165,7 @@ def history_of(read: UserRead | None) -> History:
     return History.of(unpack(read.profiles[0], read.seen[0]))
 
 
-_NOBODY: Final = History(
-    items=np.empty(0, np.uint64), times=np.empty(0), kinds=np.empty(0, np.uint8), seen=np.empty(0, np.uint32)
-)
+_NOBODY: Final = History()
 
 
 def _hashes(ids: list[str]) -> NDArray[np.uint64]:
@@ -182,7 +179,7 @@ def _ask(parts: Parts, query: LookupQuery, slate_id: str, now: float) -> Ask:
         epsilon=settings.epsilon, exclude=_hashes(query.exclude), seen=query.seen,
         categories=frozenset(query.categories), context=context_keys(query.context), trace=query.trace,
         keep_candidates=query.track and samples(slate_id, settings.feature_share),
-        weights=head_weights(settings.head_weights),
+        weights=parts.head_weights,
     )  # fmt: skip
 
 

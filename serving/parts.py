@@ -12,8 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from infra.settings import Settings
 from infra.telemetry import UNREADABLE, Telemetry
+from models.ranker.heads import head_weights
 from serving.keys import KeyRing
 from serving.overload import Overload
 from serving.slates import Impressions
@@ -45,6 +49,11 @@ class Parts:
     warm: bool = False
     dead_letters: int | None = None
     """Records in the topic dead-letters, as last asked; None until Kafka told."""
+    head_weights: NDArray[np.float64] = field(init=False)
+    """Of the sum that orders items, f64[H], by the setting."""
+
+    def __post_init__(self) -> None:
+        self.head_weights = head_weights(self.settings.head_weights)
 
     def cannot_read(self, user: str, error: Exception) -> None:
         """Count a stored profile that no codec here reads, and name its user while there is room."""

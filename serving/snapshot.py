@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from models.examples import CodecError, item_hash
+from models.examples import CodecError
 from models.factors import ROW, read_rows
 from models.factors import sound as sound_vectors
-from models.items import CatalogueItem, Items
+from models.items import Items
 from models.items import sound as sound_items
 from models.model import STATE_FORM, STATE_ROW, Model
 from models.rows import Rows
@@ -60,7 +60,6 @@ BACK_OFF_S: Final = (0.05, 2.0)
 _LAST_SEQUENCE: Final = 2**64 - 1
 
 log = logging.getLogger("freshet.serving")
-_catalogue_item = msgspec.msgpack.Decoder(CatalogueItem)
 
 
 class Stale(Exception):
@@ -138,13 +137,13 @@ class Live:
         """Write catalogue entries (MessagePack, as in the topic `items`); what is none is left out and noted."""
         for key, value in zip(keys, values, strict=True):
             try:
-                text, item = events.decode_item(value).item_id, _catalogue_item.decode(value)
-            except (events.EventError, msgspec.MsgspecError) as error:
+                item = events.decode_item(value)
+            except events.EventError as error:
                 self.bad["catalogue entry", key] = f"catalogue entry {key:016x}: {error}"
                 continue
             self.bad.pop(("catalogue entry", key), None)
-            if item_hash(text) == key:
-                self.items.set_item(key, text, item)
+            if events.item_key(item) == key:
+                self.items.set_item(key, item.item_id, events.catalogue_item(item))
 
     def read(self, what: str, load: Callable[[bytes], None], data: bytes) -> None:
         """Load one value; where it cannot be read the old one stays, and it is noted."""

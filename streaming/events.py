@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from infra.settings import EVENT_WEIGHTS, Weight
 from models.examples import ACTION, CLICK, DWELL, HIDDEN, RATING, SKIPPED, TALLY, item_hash
+from models.items import CatalogueItem
 from models.profile import AWAY, COUNTERS, SEEN, SEQUENCE, Moved
 
 UserId = NewType("UserId", str)
@@ -390,6 +391,11 @@ class Weights:
 def to_builtins(event: Event | Item) -> Any:
     """Return a JSON-able object of an event, for people to read."""
     return msgspec.to_builtins(event)
+
+
+def catalogue_item(item: Item) -> CatalogueItem:
+    """Return what the arrays of items take of a catalogue entry."""
+    return CatalogueItem(**{name: getattr(item, name) for name in CatalogueItem.__struct_fields__})
 
 
 def item_key(item: Item) -> int:

@@ -17,11 +17,11 @@ import numpy as np
 
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
 from models.examples import CodecError, HoleError
-from models.items import CatalogueItem, Folded, ItemFold, Items, PoisonError, sound
+from models.items import Folded, ItemFold, Items, PoisonError, sound
 from models.rows import BEHAVIOUR
 from streaming.consumer import TP, Batch, Bounds
 from streaming.dead_letters import DeadLetters
-from streaming.events import EventError, decode_item, item_key
+from streaming.events import EventError, catalogue_item, decode_item, item_key
 from streaming.kafka.ground import HOLE, Ground
 from streaming.learn import Dead
 from streaming.state import Delta, ItemStore, StoredBytesError, persist
@@ -279,5 +279,4 @@ async def load_items(store: ItemStore, most: int) -> tuple[ItemFold, int]:
 
 def _set_item(items: Items, key: int, value: bytes) -> None:
     item = decode_item(value)
-    fields = {name: getattr(item, name) for name in CatalogueItem.__struct_fields__}
-    items.set_item(key, item.item_id, CatalogueItem(**fields))
+    items.set_item(key, item.item_id, catalogue_item(item))

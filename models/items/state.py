@@ -136,7 +136,7 @@ class Items:
             self.rows.table, self.rows.keys, self.popularity.weights, self.popularity.cells, self.first, self.last,
             self.a_items, self.a_weights, self.a_sums, self.b_items, self.b_weights, self.b_sums,
             self.c_items, self.c_weights, self.c_sums,
-            self.tokens, self.token_fields, self.token_shares(),
+            self.tokens, self.token_fields,
         )  # fmt: skip
 
     def token_shares(self) -> F64:

@@ -55,7 +55,6 @@ class ItemArrays(NamedTuple):
     c_sums: F64
     tokens: I32
     token_fields: NDArray[np.uint8]
-    token_shares: F64
 
 
 @njit(cache=True)
@@ -125,14 +124,3 @@ def follow(x, history, arrays, touched):  # type: ignore[no-untyped-def]
 def cosine(weight, total, count):  # type: ignore[no-untyped-def]
     """Return the cosine of a weight of C, given its row's sum and how often the neighbour was counted."""
     return weight / math.sqrt((total + 10.0) * (count + 10.0))
-
-
-@njit(cache=True)
-def weight_of(items, weights, row, item):  # type: ignore[no-untyped-def]
-    """Return the weight of (row -> item), 0 where it is not in the list."""
-    for k in range(items.shape[1]):
-        if items[row, k] == item:
-            return weights[row, k]
-        if items[row, k] < 0:
-            return 0.0
-    return 0.0

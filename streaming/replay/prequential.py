@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from models import metrics
 from models.decay import GRID
 from models.examples import Entries, item_hash
-from models.items import CatalogueItem, Items, context_keys
+from models.items import Items, context_keys
 from models.learner import Learner
 from models.profile import unpack
 from models.recommend import NONE, History, Request, Slate, blocked_rows, recommend, score_items
 from models.retrieval import CHANNELS, NOT_FOUND, ranks
 from models.rows import Rows
-from streaming.events import Click, Event, Interaction, Weights, impression
+from streaming.events import Click, Event, Interaction, Weights, catalogue_item, impression, item_key
 from streaming.learn import Part, UserFold
 from streaming.replay.catalogue import Catalogue
 from streaming.replay.logs import HATED, TARGET, ReplayError, ReplayLog, roles
@@ -203,11 +203,13 @@ class Replay:
 
     def _describe(self, item_id: str) -> None:
         """Set the catalogue entry of an item whose first event was folded."""
-        row = int(self.rows.find(np.array([item_hash(item_id)], np.uint64))[0])
         item = self.catalogue.items.get(item_id)
-        if item is not None and row >= 0 and row not in self.items.catalogue:
-            fields = {name: getattr(item, name) for name in CatalogueItem.__struct_fields__}
-            self.items.set_item(item_hash(item_id), item_id, CatalogueItem(**fields))
+        if item is None:
+            return
+        key = item_key(item)
+        row = int(self.rows.find(np.array([key], np.uint64))[0])
+        if row >= 0 and row not in self.items.catalogue:
+            self.items.set_item(key, item_id, catalogue_item(item))
 
 
 def run(

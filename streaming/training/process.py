@@ -41,7 +41,7 @@ from streaming.state import (
     persist,
 )
 from streaming.supervision import TRIES, last_lines, leave
-from streaming.topics import Ends, Log, Topics, TopicsError, client_options
+from streaming.topics import Ends, Log, Topics, TopicsError, client_options, topics_of
 from streaming.trainer import MICRO_BATCH, LearningError, Trainer, TrainerError
 from streaming.training.versions import Versions, home
 
@@ -91,7 +91,7 @@ def _leave(status: int, reason: str) -> NoReturn:
 
 
 async def _main(settings: Settings) -> None:
-    topics = Topics(settings.namespace, settings.partitions, int(settings.retention_inlets_days))
+    topics = topics_of(settings)
     await arrive(settings.kafka, topics)
     client = connect(settings.redis)
     keys = await live_keys(client, settings.namespace)
