@@ -27,6 +27,8 @@ from streaming.topics import decode_token, encode_token
 N: Final = 10
 WAIT_MS: Final = 2000
 IMPRESSION_S: Final = 5.0
+PATIENCE_S: Final = 60.0
+"""How long a request that a loaded API refuses is sent again."""
 Tell = Callable[[int], None]
 
 
@@ -93,7 +95,12 @@ class LiveReplay:
             time.sleep(0.002)
 
     def _call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        answer = self._client.request(method, path, **request)
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            answer = self._client.request(method, path, **request)
+            if answer.status_code not in (429, 503) or time.monotonic() >= deadline:
+                break
+            time.sleep(float(answer.headers.get("Retry-After", "1")))  # refused whole: nothing of it was taken
         if answer.status_code >= 400:
             raise ReplayError(f"--live: {method} {path} answered {answer.status_code}: {answer.text[:300]}")
         found: dict[str, Any] = answer.json()

@@ -7,18 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from infra.cli import app
+from infra.replaying_live import LiveReplay
 from models.examples import item_hash
 from models.profile import unpack
 from models.retrieval import CHANNELS
 from streaming.events import Action, Click, Dwell, Interaction, Rating, View
+from streaming.replay.catalogue import Catalogue
 from streaming.replay.logs import FOLLOWS, HATED, TARGET, ReplayError, ReplayLog, read_log, roles
 from streaming.replay.prequential import Replay, run
 from streaming.replay.report import plot
+from streaming.topics import encode_token
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets (../shared/data) are not here")
@@ -348,3 +352,18 @@ def test_real_rows() -> None:
     videos = read_log(DATA / "kuairand-subset", "kuairand")
     assert np.bincount(np.array(roles(videos.events)) + 1).tolist() == [33_745, 8_083, 33_745]
     assert videos.bad == 0
+
+
+def test_a_live_replay_sends_again_what_a_loaded_api_refused() -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.content.decode())
+        if len(asked) < 3:
+            return httpx.Response(429 if len(asked) == 1 else 503, headers={"Retry-After": "0"}, json={})
+        return httpx.Response(200, json={"token": encode_token({3: 17})})
+
+    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://api") as client:
+        live = LiveReplay(client, "none", Catalogue())
+        live.publish(Click(user_id="u", item_id="i", ts=1e9))
+    assert len(asked) == 3 and len(set(asked)) == 1
