@@ -366,4 +366,5 @@ def test_a_live_replay_sends_again_what_a_loaded_api_refused() -> None:
     with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://api") as client:
         live = LiveReplay(client, "none", Catalogue())
         live.publish(Click(user_id="u", item_id="i", ts=1e9))
-    assert len(asked) == 3 and len(set(asked)) == 1
+    assert len(asked) == 3
+    assert len(set(asked)) == 1
