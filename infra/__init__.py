@@ -15,6 +15,7 @@ Files, the lowest first:
     access           `freshet keys` in the terminal
     recovering       `freshet rebuild`, `generation` and `snapshot` in the terminal
     inspecting       `freshet dead-letters` and `models` in the terminal
+    evaluating/      `freshet evaluate`: what would another policy have earned?
     proving/         bench: what measures and proves the rest
     terminal         how the command line speaks: shared options, errors, JSON
     cli              the console command: imports everything else, lazily

@@ -78,7 +78,8 @@ def _explains_itself(error: Exception) -> bool:
              ("streaming.replay.logs", "ReplayError"), ("streaming.recovery.generations", "RecoveryError"),
              ("infra.proving.bench", "BenchError"), ("infra.proving.chaos", "ChaosError"),
              ("serving.keys", "KeysError"), ("streaming.state", "StoredBytesError"),
-             ("streaming.kafka.address", "AddressError"))  # fmt: skip
+             ("streaming.kafka.address", "AddressError"), ("models.ope", "OpeError"),
+             ("infra.evaluating.open_bandit", "BanditLogError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
     return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
 
@@ -256,6 +257,15 @@ def _bench_and_chaos() -> None:
 
 
 _bench_and_chaos()
+
+
+def _evaluate() -> None:
+    from infra.evaluating.verb import add
+
+    add(app)
+
+
+_evaluate()
 
 
 @app.command(rich_help_panel=LEARN)

@@ -18,4 +18,5 @@ Files in the order in which one event travels through them:
     retrieval     candidates of each channel
     recommend     retrieve -> rank -> draw -> explain, written once for serving and replay
     metrics       full-catalogue ranks, hit rate, NDCG, MRR
+    ope           off-policy evaluation: what another policy would have earned, from a log with propensities
 """

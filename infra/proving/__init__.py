@@ -11,5 +11,6 @@ Files:
     publisher  the known stream, and clients that publish it
     proxy  a TCP proxy that cuts, stalls and half-closes the connections it carries
     quality/  `freshet bench quality`: Freshet beside the references, over a log
+    coverage  `freshet bench ope`: do intervals of off-policy evaluation hold a known truth?
     verbs  what `bench` and `chaos` ask, and what chaos shows
 """

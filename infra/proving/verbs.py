@@ -135,7 +135,7 @@ def bench(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ingest, lookup, freshness: default. Or, alone: overload, soak, quality.", show_default=False
+            help="ingest, lookup, freshness: default. Or, alone: overload, soak, quality, ope.", show_default=False
         ),
     ] = None,
     as_json: Json = False,
@@ -199,6 +199,8 @@ def bench(
 
       freshet bench quality --data ml-latest-small --format movielens --plot ndcg.png
       freshet bench quality --data clicks.csv --columns user=uid,item=sku,ts=when --only ours,ease --json
+
+    `ope` simulates logs with a known truth: how often do the 95 % intervals of `freshet evaluate` hold it?
     """
     if what == ["quality"]:
         from infra.proving.quality.show import quality_verb
@@ -206,6 +208,12 @@ def bench(
         with ended_by_signals():
             quality_verb(data, form, columns, protocol, exclude, limit, only, resume, delays, as_json=as_json,
                          picture=plot)  # fmt: skip
+        return
+    if what == ["ope"]:
+        from infra.proving.coverage import coverage_verb
+
+        with ended_by_signals():
+            coverage_verb(as_json=as_json)
         return
     if what == ["overload"]:
         from infra.proving.overload import overload_verb
