@@ -25,6 +25,8 @@ from models.rows import BEHAVIOUR, CATALOGUE, Rows
 
 ROOM: Final = 256
 """Where items are too many, one in so many of the cap leaves beside those above it: not every sweep finds some."""
+COUNTS: Final = ENTERS | VOICE
+"""Flags of an entry that counts for its contexts."""
 NEVER_FIRST: Final = np.inf
 NEVER_LAST: Final = -np.inf
 
@@ -33,6 +35,7 @@ U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
+_NO_ROWS: Final[I64] = np.empty(0, np.int64)
 
 
 class CatalogueItem(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -154,44 +157,41 @@ class Items:
         to the outcomes; an impression counts each shown item as shown once.
         """
         entries, shown = self._apart(entries)
-        targets = self.rows.add(entries.target[entries.target != 0])
-        start, keys = _recent(entries.history_start, entries.history_item, entries.flags, entries.target)
-        history = self.rows.add(keys)
-        context_start, contexts = self._under(entries)
-        exposed = self.rows.add(np.concatenate(shown)) if shown else None
+        start, keys = _keys(entries.target, entries.flags, entries.history_start, entries.history_item)
+        rows = self.rows.add(keys)
+        under = self._under(entries)
+        exposed = self.rows.add(np.concatenate(shown)) if shown else _NO_ROWS
         self.grow()
-        self._name(entries, targets)
+        self._name(entries, rows)
         popularity = self.popularity
-        _fold(
-            entries.target, targets, entries.flags, entries.time, start, history, context_start, contexts,
-            popularity.totals, popularity.total_cells, popularity.last, self.outcomes, self.arrays(), self._touched,
+        changed: I64 = _fold(
+            entries.target, entries.flags, entries.time, start, rows, *under, exposed, popularity.totals,
+            popularity.total_cells, popularity.last, self.shown, self.outcomes, self.arrays(), self._touched,
+            self.rows.held,
         )  # fmt: skip
-        if exposed is not None:
-            np.add.at(self.shown, exposed, 1)
-            self._touched[exposed] = True
-        changed = np.flatnonzero(self._touched)
-        self._touched[changed] = False
-        self.rows.hold(changed, BEHAVIOUR)
+        changed.sort()
         return changed
 
     def _under(self, entries: Entries) -> tuple[I64, I64]:
-        """Return (start i64[n + 1], rows of the contexts of each entry that counts); new ones as far as there is room.
+        """Return (places of entries that count, ascending, the rows of their contexts), i64[c] both.
 
-        An entry counts for its contexts where it enters a sequence and has a voice.
+        An entry counts for its contexts where it enters a sequence and has a voice; new contexts are taken in as far as
+        there is room.
         """
-        counts = ((entries.flags & (ENTERS | VOICE)) == (ENTERS | VOICE)) & (entries.target != 0)
-        start, rows = np.zeros(len(entries) + 1, np.int64), list[int]()
-        for i in np.flatnonzero(counts).tolist():
-            for key in packed_context_keys(entries.extra[i]):
+        places, rows = list[int](), list[int]()
+        for i, (extra, flags) in enumerate(zip(entries.extra, entries.flags.tolist(), strict=True)):
+            if not extra or flags & COUNTS != COUNTS or not entries.target[i]:
+                continue
+            for key in packed_context_keys(extra):
                 row = self._context_rows.get(key)
                 if row is None and len(self._context_rows) < CONTEXTS:
                     row = int(self.rows.add(np.array([key], np.uint64))[0])
                     self.grow()
                     self._context(row, key)
                 if row is not None:
+                    places.append(i)
                     rows.append(row)
-                    start[i + 1] += 1
-        return np.cumsum(start), np.array(rows, np.int64)
+        return (np.array(places), np.array(rows)) if rows else (_NO_ROWS, _NO_ROWS)
 
     def _context(self, row: int, key: int) -> None:
         self.contexts[row] = True
@@ -206,10 +206,10 @@ class Items:
 
         Those whose id is not that of the row their hash names (two ids with one hash), and unreadable impressions.
         """
-        rows, kinds = self.rows.find(entries.target).tolist(), entries.kind.tolist()
-        keep, shown = np.ones(len(rows), np.bool_), []
+        rows, bad, shown = self.rows.find(entries.target).tolist(), list[int](), list[U64]()
         named: dict[int, str] = {}
-        for i, (key, row, text, kind) in enumerate(zip(entries.target.tolist(), rows, entries.ids, kinds, strict=True)):
+        each = zip(entries.target.tolist(), rows, entries.ids, entries.kind.tolist(), strict=True)
+        for i, (key, row, text, kind) in enumerate(each):
             reason, owner = "", text
             if text:
                 has_id = 0 <= row < len(self.ids) and self._named[row]
@@ -222,9 +222,13 @@ class Items:
                 except CodecError as error:
                     reason = str(error)
             if reason:
-                keep[i] = False
+                bad.append(i)
                 original = entries.extra[i] if kind == IMPRESSION else text.encode()
                 self.aside.append((int(entries.partition[i]), int(entries.offset[i]), reason, original))
+        if not bad:
+            return entries, shown
+        keep = np.ones(len(rows), np.bool_)
+        keep[bad] = False
         return entries.take(keep), shown
 
     def sweep(self, most: int) -> tuple[U64, I64]:
@@ -277,15 +281,14 @@ class Items:
         self.rows.release(rows, BEHAVIOUR)
         return np.flatnonzero(changed)
 
-    def _name(self, entries: Entries, targets: I64) -> None:
+    def _name(self, entries: Entries, rows: I64) -> None:
+        """Note the ids of targets that have none yet; rows begin with those of the targets, in order."""
         at = 0
-        rows = targets.tolist()
         for key, text in zip(entries.target.tolist(), entries.ids, strict=True):
             if key:
-                row = rows[at]
+                if text and not self._named[rows[at]]:
+                    self._set_id(int(rows[at]), text)
                 at += 1
-                if text and not self._named[row]:
-                    self._set_id(row, text)
 
     def _set_id(self, row: int, text: str) -> None:
         self.ids[row] = text
@@ -357,29 +360,43 @@ class Items:
 
 
 @njit(cache=True)
-def _recent(history_start, history_item, flags, target):  # type: ignore[no-untyped-def]
-    """Return (start i64[n + 1], the newest WINDOW items of the history of each entry that enters)."""
-    n = len(history_start) - 1
-    start = np.zeros(n + 1, np.int64)
+def _keys(target, flags, history_start, history_item):  # type: ignore[no-untyped-def]
+    """Return (start i64[n + 1], keys u64): the targets, then the newest WINDOW items of the history of each entry.
+
+    Only of entries that have a target, and histories only of those that enter; entry i's begins at start[i].
+    """
+    n, named = len(target), 0
+    for i in range(n):
+        named += target[i] != 0
+    start = np.empty(n + 1, np.int64)
+    start[0] = named
     for i in range(n):
         enters = flags[i] & ENTERS != 0 and target[i] != 0
         start[i + 1] = start[i] + (min(history_start[i + 1] - history_start[i], WINDOW) if enters else 0)
     keys = np.empty(start[n], np.uint64)
+    at = 0
     for i in range(n):
+        if target[i] != 0:
+            keys[at] = target[i]
+            at += 1
         for j in range(start[i + 1] - start[i]):
             keys[start[i] + j] = history_item[history_start[i] + j]
     return start, keys
 
 
 @njit(cache=True)
-def _fold(target, targets, flags, time, start, history, context_start, contexts, totals, total_cells, latest, outcomes, arrays, touched):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
-    """Fold entries one at a time; the only place where behaviour changes (exposure apart)."""
+def _fold(target, flags, time, start, rows, places, contexts, exposed, totals, total_cells, latest, shown, outcomes, arrays, touched, held):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+    """Fold entries one at a time, the only place where behaviour changes; returns the rows touched, unsorted.
+
+    start, rows i64 as of `_keys`; places, contexts i64[c] as of `_under`; exposed i64[e]: rows that were shown. touched
+    bool[capacity] may mark targets already, which were named, and is left all false.
+    """
     weights, cells, first, last = arrays.weights, arrays.cells, arrays.first, arrays.last
-    at = 0
+    at, c = 0, 0
     for i in range(len(target)):
         if target[i] == 0:
             continue
-        row, t = targets[at], time[i]
+        row, t = rows[at], time[i]
         at += 1
         if flags[i] & VOICE:
             add(weights[row], cells[row], t)
@@ -390,12 +407,26 @@ def _fold(target, targets, flags, time, start, history, context_start, contexts,
             first[row], last[row] = min(first[row], t), max(last[row], t)
             if flags[i] & SHOWN:
                 outcomes[row] += 1
-            follow(row, history[start[i] : start[i + 1]], arrays, touched)
-        for c in range(context_start[i], context_start[i + 1]):
+            follow(row, rows[start[i] : start[i + 1]], arrays, touched)
+        while c < len(contexts) and places[c] == i:
             under = contexts[c]
             bump(arrays.c_items, arrays.c_weights, arrays.c_sums, under, row, 1.0, MOST_CONTEXT)
             last[under] = max(last[under], t)
             touched[under] = True
+            c += 1
+    for row in exposed:
+        shown[row] += 1
+        touched[row] = True
+    changed = np.empty(len(rows) + len(contexts) + len(exposed), np.int64)
+    n = 0
+    for among in (rows, contexts, exposed):
+        for row in among:
+            if touched[row]:
+                touched[row] = False
+                held[row] |= BEHAVIOUR
+                changed[n] = row
+                n += 1
+    return changed[:n]
 
 
 @njit(cache=True)
