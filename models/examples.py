@@ -207,7 +207,10 @@ class Entries:
 
     def size(self) -> int:
         """Return the bytes of this as one record."""
-        return (16 if self.version == 1 else 24) + 24 * len(self.ranges) + int(self.sizes().sum())
+        n, slots, away = len(self.offset), len(self.history_item), len(self.averse)
+        blobs = len("".join(self.ids).encode()) + sum(map(len, self.extra))
+        more = 8 + 33 * n + 2 * slots + 8 * away if self.version > 1 else 0
+        return 16 + 24 * len(self.ranges) + 87 * n + 17 * slots + more + blobs
 
     def to_bytes(self) -> bytes:
         """Pack as one record of `version`; the bytes depend on the entries and ranges alone."""

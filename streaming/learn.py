@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import compress
 from typing import Final
 
 import msgspec
@@ -17,28 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.settings import Settings
-from models.examples import (
-    IMPRESSION,
-    MAX_RECORD_BYTES,
-    VIEW,
-    CodecError,
-    Entries,
-    Shown,
-    concatenate,
-    item_hash,
-    split,
-)
+from models.examples import IMPRESSION, MAX_RECORD_BYTES, VIEW, CodecError, Entries, Shown, item_hash, split
 from models.profile import (
     ALIAS,
-    APPLIED,
     DUPLICATE,
+    ENTRIES,
     ERASE,
     ERASED,
+    EVENT,
     MERGE,
+    OVERFLOW,
     QUIET,
+    SLATE_ITEMS,
     VERSION,
-    EventColumns,
-    Folded,
+    Events,
+    Moved,
     Profiles,
     fold,
 )
@@ -66,8 +58,6 @@ _WEIGHTLESS = {
     Merge: (MERGE, 0.0, 0.0),
 }  # fmt: skip
 """(kind, weight, value) of what has no weight."""
-_MOST: Final = 65_504.0
-"""The greatest float16."""
 HASHES: Final = 65_536
 """Hashes of item ids that a fold remembers, about 10 MB; then it forgets them all."""
 SWEEP: Final = 4096
@@ -197,7 +187,7 @@ class UserFold:
         self, weights: Weights, *, embed: Embed | None = None, codec: int = VERSION, keep: int = 0, derive: bool = True
     ) -> None:
         self._weights, self._embed, self._codec, self._keep, self._derive = weights, embed, codec, keep, derive
-        self._hashes: dict[str, int] = {}
+        self._hashes = _Hashes()
 
     @classmethod
     def of(cls, settings: Settings, *, embed: Embed | None = None, derive: bool = True) -> UserFold:
@@ -212,77 +202,75 @@ class UserFold:
         Events below the applied offset were folded before and are dropped first; events of an inlet at or below its
         mark are the repeat of an append.
         """
-        users = users_of(parts)
-        profiles, rows = _profiles(users, reads, self._codec)
-        columns = _Columns()
-        spans: list[tuple[Part, int, int, dict[str, int], int]] = []
-        skipped = 0
+        outcome = Outcome()
+        batch = _Batch(self._weights, self._hashes)
+        packed: list[bytes | None] = []
+        seen: list[bytes | None] = []
+        owners: list[tuple[UserWrite, str]] = []
+        covered: list[tuple[int, int, int]] = []
         for part in parts:
-            read, start = reads[part.partition], len(columns.events)
-            if part.first > read.applied:
+            read = reads[part.partition]
+            applied, following = read.applied, max(part.next, read.applied)
+            if part.first > applied:
                 raise GapError(
-                    f"events[{part.partition}]: expected offset {read.applied} next, got {part.first}:"
+                    f"events[{part.partition}]: expected offset {applied} next, got {part.first}:"
                     " Redis was rolled back, or the log lost records"
                 )
-            if self._keep and max(part.first, read.applied) // SWEEP < (part.next - 1) // SWEEP:
+            if self._keep and max(part.first, applied) // SWEEP < (part.next - 1) // SWEEP:
                 raise ValueError(f"part {part.first}:{part.next} reaches over a multiple of {SWEEP}; see rounds()")
-            marks = dict(read.marks)
-            kept, repeats = _unfolded(part, read.applied, marks)
-            skipped += repeats
-            columns.add(part, kept, rows[part.partition])
-            spans.append((part, start, len(columns.events), marks, read.applied))
-        columns.read(self._weights, self._hash)
-        return self._finish(columns, profiles, users, rows, spans, skipped)
-
-    def _finish(
-        self, columns: _Columns, profiles: Profiles, users: Mapping[int, list[str]],
-        rows: Mapping[int, dict[str, int]], spans: list[tuple[Part, int, int, dict[str, int], int]], skipped: int,
-    ) -> Outcome:  # fmt: skip
-        folded = fold(profiles, columns.arrays)
-        outcome = Outcome(overflow=folded.overflow)
-        counts = np.bincount(folded.status, minlength=QUIET + 1).tolist()
-        outcome.applied, outcome.erased = counts[APPLIED] + counts[QUIET], counts[ERASED]
-        outcome.duplicates = skipped + counts[DUPLICATE]
-        outcome.event_times = columns.ts
-        pieces = []
-        for part, start, end, marks, applied in spans:
-            following = max(part.next, applied)
-            write = UserWrite(part.partition, applied, following, marks)
-            if following > applied and following % SWEEP == 0:
-                write.keep = self._keep
-            self._pack(write, profiles, rows[part.partition], columns.offset)
+            write = UserWrite(part.partition, applied, following, dict(read.marks))
+            if following > applied:
+                covered.append((part.partition, applied, following))
+                write.keep = self._keep if following % SWEEP == 0 else 0
             outcome.writes.append(write)
-            outcome.derived += [
-                merge(columns.events[i].user_id, float(columns.arrays.time[i]), (part.partition, offset), moved)
-                for i, moved in folded.moved.items()
-                if start <= i < end and (offset := int(columns.offset[i])) >= 0
-            ]
-            if following > applied and self._derive:
-                version = 2 if self._codec >= 3 else 1
-                pieces.append(columns.entries(folded, start, end, (part.partition, applied, following), version))
-        outcome.records = _records(pieces)
+            kept, repeats = _unfolded(part, applied, write.marks)
+            outcome.duplicates += repeats
+            subjects = part.subjects()
+            rows = {user: row for row, user in enumerate(dict.fromkeys(subjects), len(owners))}
+            owners += [(write, user) for user in rows]
+            packed += read.profiles
+            seen += read.seen
+            batch.add(part, kept, [rows[user] for user in subjects])
+        self._finish(outcome, batch, Profiles(packed, seen, codec=self._codec), owners, covered)
         return outcome
 
-    def _pack(self, write: UserWrite, profiles: Profiles, rows: Mapping[str, int], offsets: NDArray[np.int64]) -> None:
-        users, all_rows = list(rows), np.fromiter(rows.values(), np.int64, len(rows))
-        touched = profiles.changed_by[all_rows] >= 0
-        picked, names = all_rows[touched], list(compress(users, touched.tolist()))
-        write.profiles = dict(zip(names, profiles.pack(picked), strict=True))
-        write.active = dict(zip(names, offsets[profiles.changed_by[picked]].tolist(), strict=True))
-        if self._embed is not None and names:
-            write.embeddings = dict(zip(names, self._embed(profiles, picked), strict=True))
-            for name in compress(names, (~profiles.exists[picked]).tolist()):
-                write.embeddings[name] = b""
-        acted = profiles.seen_changed[picked]
-        write.seen = dict(zip(compress(names, acted.tolist()), profiles.pack_seen(picked[acted]), strict=True))
+    def _finish(
+        self, outcome: Outcome, batch: _Batch, profiles: Profiles, owners: Sequence[tuple[UserWrite, str]],
+        covered: list[tuple[int, int, int]],
+    ) -> None:  # fmt: skip
+        events = batch.columns()
+        folded = fold(profiles, events)
+        counts = folded.counts.tolist()
+        outcome.applied, outcome.erased = counts[ENTRIES] + counts[QUIET], counts[ERASED]
+        outcome.duplicates += counts[DUPLICATE]
+        outcome.overflow = counts[OVERFLOW]
+        outcome.event_times = batch.ts
+        for i, moved in folded.moved.items():
+            if batch.offsets[i] >= 0:
+                position = int(events.rows["partition"][i]), batch.offsets[i]
+                outcome.derived.append(merge(batch.events[i].user_id, float(events.rows["time"][i]), position, moved))
+        self._pack(profiles, owners, batch.offsets)
+        if covered and self._derive:
+            made = [batch.events[i] for i in folded.source[: counts[ENTRIES]].tolist()]
+            ids = ["" if type(event) is Impression else event.item_id for event in made]
+            entries = folded.entries(covered, ids, [_extra(event) for event in made], 2 if self._codec >= 3 else 1)
+            outcome.records = _records(entries)
 
-    def _hash(self, text: str) -> int:
-        found = self._hashes.get(text)
-        if found is None:
-            if len(self._hashes) >= HASHES:
-                self._hashes.clear()
-            found = self._hashes[text] = item_hash(text)
-        return found
+    def _pack(self, profiles: Profiles, owners: Sequence[tuple[UserWrite, str]], offsets: Sequence[int]) -> None:
+        changed_by, acted = profiles.rows["changed_by"].tolist(), profiles.rows["seen_changed"].tolist()
+        changed = [row for row, by in enumerate(changed_by) if by >= 0]
+        for row, value in zip(changed, profiles.pack(changed), strict=True):
+            write, user = owners[row]
+            write.profiles[user], write.active[user] = value, offsets[changed_by[row]]
+        seen = [row for row in changed if acted[row]]
+        for row, value in zip(seen, profiles.pack_seen(seen), strict=True):
+            write, user = owners[row]
+            write.seen[user] = value
+        if self._embed is not None and changed:
+            known = profiles.rows["exists"].tolist()
+            for row, value in zip(changed, self._embed(profiles, np.array(changed)), strict=True):
+                write, user = owners[row]
+                write.embeddings[user] = value if known[row] else b""
 
 
 def _unfolded(part: Part, applied: int, marks: dict[str, int]) -> tuple[list[int] | None, int]:
@@ -308,119 +296,74 @@ def _unfolded(part: Part, applied: int, marks: dict[str, int]) -> tuple[list[int
     return kept, repeats
 
 
-def _profiles(
-    users: Mapping[int, list[str]], reads: Mapping[int, UserRead], codec: int
-) -> tuple[Profiles, dict[int, dict[str, int]]]:
-    packed: list[bytes | None] = []
-    seen: list[bytes | None] = []
-    rows: dict[int, dict[str, int]] = {}
-    for partition, names in users.items():
-        rows[partition] = {user: row for row, user in enumerate(names, len(packed))}
-        packed += reads[partition].profiles
-        seen += reads[partition].seen
-    return Profiles(packed, seen, codec=codec), rows
+def _records(entries: Entries) -> list[Entries]:
+    """Return a micro-batch's entries as one record where that fits, else those of each partition cut to the cap."""
+    if entries.size() <= MAX_RECORD_BYTES:
+        return [entries]
+    records, first = [], 0
+    for covered in entries.ranges:
+        last = first + int(np.count_nonzero(entries.partition == covered[0]))
+        records += split(entries.slice(first, last, [covered]))
+        first = last
+    return records
 
 
-def _records(pieces: list[Entries]) -> list[Entries]:
-    """Join a micro-batch's pieces into one record where that fits, else cut each piece to the cap."""
-    if len(pieces) > 1:
-        joined = concatenate(pieces)
-        if joined.size() <= MAX_RECORD_BYTES:
-            return [joined]
-    return [record for piece in pieces for record in split(piece)]
+class _Hashes(dict[str, int]):
+    """Hashes of item ids, made as they are asked for."""
+
+    def __missing__(self, text: str) -> int:
+        if len(self) >= HASHES:
+            self.clear()
+        found = self[text] = item_hash(text)
+        return found
 
 
-class _Columns:
-    """Columns of a micro-batch, filled a part at a time: comprehensions over events are the cheapest way to them."""
+class _Batch:
+    """What the fold and the entries need out of the events of a micro-batch, a part at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Weights, hashes: _Hashes) -> None:
+        self._weights, self._hashes = weights, hashes
         self.events: list[Event] = []
-        self.user: list[int] = []
-        self._offset: list[int] = []
-        self._record_ms: list[int] = []
+        self.ts: list[float] = []
+        self.offsets: list[int] = []
+        self._rows: list[tuple[int, int, int, int, int, float, float, float, int, int, int, int, int]] = []
+        self._shown: list[int] = []
+        self._identities: list[int] = []
+        self._moved: dict[int, Moved] = {}
 
-    def add(self, part: Part, kept: list[int] | None, rows: Mapping[str, int]) -> None:
-        """Append the events of a part, all or those at `kept`; `rows` are its users' in the profiles."""
-        events, offsets, times, users = part.events, part.offsets, part.times, part.subjects()
-        if kept is not None:
-            events, offsets, times, users = ([c[i] for i in kept] for c in (events, offsets, times, users))  # type: ignore[assignment]
-        self.events += events
-        self._offset += offsets
-        self._record_ms += times
-        self.user += [rows[user] for user in users]
+    def add(self, part: Part, kept: Sequence[int] | None, users: Sequence[int]) -> None:
+        """Append the events of a part, all or those at `kept`; `users` are the rows of all its events' users."""
+        hashes, weigh, shown, append = self._hashes, self._weights.of, self._shown, self._rows.append
+        for i in range(len(part.events)) if kept is None else kept:
+            event, record_ms = part.events[i], part.times[i]
+            kind, weight, value = _WEIGHTLESS.get(type(event)) or weigh(event)  # type: ignore[arg-type]
+            time, first, item = min(event.ts, record_ms / 1000), len(shown), 0
+            if kind < IMPRESSION:
+                item = hashes[event.item_id]  # type: ignore[union-attr]
+            elif kind == IMPRESSION:
+                shown += [hashes[name] for name in event.shown[:SLATE_ITEMS]]  # type: ignore[union-attr]
+            else:
+                self._identities.append(len(self.events))
+                if kind == ERASE:  # ends what was known when it was recorded, also where its sender's clock was behind
+                    time = record_ms / 1000
+                elif kind == MERGE:
+                    self._moved[len(self.events)] = event.moved()  # type: ignore[union-attr]
+            append((
+                users[i], part.offsets[i], item, 0 if event.event_id is None else item_hash(event.event_id),
+                item_hash(event.slate_id) if event.slate_id else 0, time, weight, value, first, len(shown) - first,
+                record_ms // 1000 & 0xFFFF_FFFF, part.partition, kind,
+            ))  # fmt: skip
+            self.events.append(event)
+            self.ts.append(event.ts)
+            self.offsets.append(part.offsets[i])
 
-    def read(self, weights: Weights, hashed: Callable[[str], int]) -> None:
-        """Read what the fold and the entries need out of the events."""
-        events = self.events
-        meanings = [_WEIGHTLESS.get(type(event)) or weights.of(event) for event in events]  # type: ignore[arg-type]
-        kinds = [kind for kind, _, _ in meanings]
-        kind, record_ms = np.array(kinds, np.uint8), np.array(self._record_ms, np.int64)
-        shown: list[int] = []
-        shown_start = np.zeros(len(events) + 1, np.int64)
-        for i in np.flatnonzero(kind == IMPRESSION).tolist():
-            shown += [hashed(item) & 0xFFFFFFFF for item in events[i].shown]  # type: ignore[union-attr]
-            shown_start[i + 1] = len(events[i].shown)  # type: ignore[union-attr]
-        self.ids = ["" if k >= IMPRESSION else e.item_id for k, e in zip(kinds, events, strict=True)]  # type: ignore[union-attr]
-        self.ts = [event.ts for event in events]
-        self.offset = np.array(self._offset, np.int64)
-        self.value = np.array([value for _, _, value in meanings], np.float64)
-        # An erasure ends what was known when it was recorded, also where the clock of its sender was behind.
-        time = np.where(kind == ERASE, record_ms / 1000, np.minimum(np.array(self.ts, np.float64), record_ms / 1000))
-        self.arrays = EventColumns(
-            user=np.array(self.user, np.int64),
-            kind=kind,
-            item=np.array([hashed(text) if text else 0 for text in self.ids], np.uint64),
-            time=time,
-            record_s=(record_ms // 1000).astype(np.uint32),
-            event=np.array([0 if e.event_id is None else item_hash(e.event_id) for e in events], np.uint64),
-            weight=np.array([weight for _, weight, _ in meanings], np.float64),
-            value=self.value,
-            slate=np.array([item_hash(e.slate_id) if e.slate_id else 0 for e in events], np.uint64),
-            shown_start=np.cumsum(shown_start),
-            shown=np.array(shown, np.uint32),
-            moved={i: events[i].moved() for i in np.flatnonzero(kind == MERGE).tolist()},  # type: ignore[union-attr]
-        )
-
-    def entries(
-        self, folded: Folded, start: int, end: int, covered: tuple[int, int, int], version: int
-    ) -> Entries:  # fmt: skip
-        """Return the entries of the applied events among start:end, which cover this range of their partition."""
-        made, events = self.arrays, self.events
-        rows = start + np.flatnonzero(folded.status[start:end] == APPLIED)
-        lengths = folded.history_length[rows].astype(np.int64)
-        begin = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(lengths, out=begin[1:])
-        filled = np.arange(folded.history_item.shape[1]) < lengths[:, None]
-        away = folded.averse_length[rows].astype(np.int64)
-        averse_start = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(away, out=averse_start[1:])
-        return Entries(
-            ranges=[covered],
-            partition=np.full(len(rows), covered[0], np.uint16),
-            offset=self.offset[rows],
-            index=np.zeros(len(rows), np.uint16),
-            time=made.time[rows],
-            kind=made.kind[rows],
-            flags=folded.flags[rows],
-            target=made.item[rows],
-            weight=made.weight[rows],
-            value=self.value[rows],
-            slates=folded.slates[rows],
-            history_start=begin,
-            history_item=folded.history_item[rows][filled],
-            history_time=folded.history_time[rows][filled],
-            history_kind=folded.history_kind[rows][filled],
-            ids=[self.ids[i] for i in rows.tolist()],
-            extra=[_extra(events[i]) for i in rows.tolist()],
-            history_weight=np.clip(folded.history_weight[rows][filled], -_MOST, _MOST).astype(np.float16),
-            tally=folded.tally[rows],
-            averse_start=averse_start,
-            averse=folded.averse[rows][np.arange(folded.averse.shape[1]) < away[:, None]],
-            version=version,
-        )
+    def columns(self) -> Events:
+        """Return the events as the fold takes them."""
+        rows, shown = np.array(self._rows, EVENT), np.array(self._shown, np.uint64)
+        return Events(rows, shown, self._identities, self._moved)
 
 
 def _extra(event: Event) -> bytes:
-    if isinstance(event, Impression):
+    if type(event) is Impression:
         return event.payload
     return _CONTEXT.encode(event.context) if event.context else b""

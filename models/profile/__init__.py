@@ -10,10 +10,11 @@ endings) depends on the profile and the event alone, so any cut of a stream into
 """
 
 from models.examples import CodecError as CodecError
-from models.profile.folding import APPLIED as APPLIED
 from models.profile.folding import COUNTERS as COUNTERS
 from models.profile.folding import DUPLICATE as DUPLICATE
+from models.profile.folding import ENTRIES as ENTRIES
 from models.profile.folding import ERASED as ERASED
+from models.profile.folding import OVERFLOW as OVERFLOW
 from models.profile.folding import QUIET as QUIET
 from models.profile.identity import ALIAS as ALIAS
 from models.profile.identity import ERASE as ERASE
@@ -21,11 +22,12 @@ from models.profile.identity import MERGE as MERGE
 from models.profile.identity import fold as fold
 from models.profile.packed import AWAY as AWAY
 from models.profile.packed import DEDUPE as DEDUPE
+from models.profile.packed import EVENT as EVENT
 from models.profile.packed import SEEN as SEEN
 from models.profile.packed import SEQUENCE as SEQUENCE
 from models.profile.packed import SLATE_ITEMS as SLATE_ITEMS
 from models.profile.packed import VERSION as VERSION
-from models.profile.packed import EventColumns as EventColumns
+from models.profile.packed import Events as Events
 from models.profile.packed import Folded as Folded
 from models.profile.packed import FutureCodecError as FutureCodecError
 from models.profile.packed import Moved as Moved

@@ -1,4 +1,4 @@
-"""The packed layout of a user profile, and the profiles of a micro-batch unpacked into arrays.
+"""The packed layout of a user profile, and the profiles of a micro-batch unpacked into records.
 
 Knows nothing about Kafka, Redis, event structs or item state.
 
@@ -25,18 +25,18 @@ The seen list is a value of its own: at most 4,096 low 32-bit item hashes, oldes
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from models.examples import AVERSE, HISTORY, SLATES, TALLY
+from models.examples import AVERSE, HISTORY, SLATES, TALLY, Entries
 from models.examples import CodecError as CodecError
-from models.profile.folding import COUNTERS, fold_events
+from models.profile.folding import AWAYS, COUNTERS, ENTRIES, OVERFLOW, SLOTS, fold_events
 
 VERSION: Final = 3
 SEQUENCE: Final = 50
@@ -52,12 +52,55 @@ HEADER_BYTES: Final = {1: 56, 2: 64, 3: 96}
 FUTURE: Final = 16
 """First bytes from the next version up to this one are later codecs, anything beyond is foreign."""
 
+PROFILE: Final = np.dtype(
+    [
+        ("counters", np.uint32, len(COUNTERS)), ("times", np.float64, 2), ("ended", np.float64),
+        ("tally", np.float32, len(TALLY)),
+        ("n", np.int64), ("d", np.int64), ("s", np.int64), ("averse_n", np.int64), ("seen_n", np.int64),
+        ("changed_by", np.int64), ("exists", np.bool_), ("seen_changed", np.bool_),
+        ("item", np.uint64, SEQUENCE), ("time", np.float64, SEQUENCE), ("weight", np.float32, SEQUENCE),
+        ("kind", np.uint8, SEQUENCE),
+        ("event", np.uint64, DEDUPE), ("event_time", np.uint32, DEDUPE),
+        ("slate", np.uint64, SLATES), ("slate_time", np.uint32, SLATES), ("slate_size", np.uint8, SLATES),
+        ("slate_items", np.uint32, (SLATES, SLATE_ITEMS)),
+        ("averse", np.uint64, AWAY), ("averse_time", np.float64, AWAY),
+        ("seen", np.uint32, SEEN),
+    ], align=True,
+)  # fmt: skip
+"""A profile while it is folded: what is stored, `changed_by`: the last event of the micro-batch that changed it, -1 for
+none, and whether its seen list changed. It begins as the stored header does behind its lengths."""
+EVENT: Final = np.dtype(
+    [
+        ("user", np.int64), ("offset", np.int64), ("item", np.uint64), ("event", np.uint64), ("slate", np.uint64),
+        ("time", np.float64), ("weight", np.float64), ("value", np.float64), ("shown_start", np.int64),
+        ("shown_n", np.int64), ("record_s", np.uint32), ("partition", np.uint16), ("kind", np.uint8),
+    ], align=True,
+)  # fmt: skip
+"""An event of a micro-batch: `user` is the row in Profiles; hashes are 0 where there is none; `time` is the effective
+one, s, record_s the record's in whole seconds; value as in models.examples; of an impression the place of its items in
+`Events.shown`."""
+_SIZE: Final = PROFILE.itemsize
+_SEEN: Final[int] = PROFILE.fields["seen"][1]  # type: ignore[index]
+_SIZES: Final[int] = PROFILE.fields["slate_size"][1]  # type: ignore[index]
+_SHOWN: Final[int] = PROFILE.fields["slate_items"][1]  # type: ignore[index]
+_ENDED: Final[int] = PROFILE.fields["ended"][1]  # type: ignore[index]
+_COLUMNS: Final = tuple(
+    (PROFILE.fields[name][1], PROFILE[name].base.itemsize, of)  # type: ignore[index]
+    for of, names in enumerate((
+        ("item", "time", "weight", "kind"), ("event", "event_time"), ("slate", "slate_time"), ("averse", "averse_time")
+    ))
+    for name in names
+)  # fmt: skip
+"""What follows the stored header, in order: place in PROFILE, width, which of the lengths n, d, s, a counts it."""
+_LARGEST: Final = HEADER_BYTES[VERSION] + 21 * SEQUENCE + 12 * DEDUPE + (13 + 4 * SLATE_ITEMS) * SLATES + 16 * AWAY
+
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+_NO_WEIGHTS: Final = np.empty(0, np.float16)
 
 
 class FutureCodecError(CodecError):
@@ -91,7 +134,7 @@ class ProfileView:
 
 
 class Profiles:
-    """The profiles of one micro-batch's users, unpacked into arrays; `u` users.
+    """The profiles of one micro-batch's users, unpacked into `rows`, records of PROFILE[u]; their columns by name.
 
     Made from the packed bytes the store gave (None for an unknown user), folded in place, packed again.
     `codec` is the version that `pack` writes. Raises CodecError where bytes are foreign or truncated, FutureCodecError
@@ -99,100 +142,46 @@ class Profiles:
     """
 
     def __init__(self, packed: list[bytes | None], seen: list[bytes | None], *, codec: int = VERSION) -> None:
-        u = len(packed)
+        stored = packed + seen
         self.codec = codec
-        self.exists = np.fromiter((p is not None for p in packed), np.bool_, u)
-        self.counters = np.zeros((u, 8), np.uint32)
-        self.times = np.zeros((u, 2))
-        self.ended = np.zeros((u, 1))
-        self.n = np.zeros(u, np.int64)
-        self.item = np.empty((u, SEQUENCE), np.uint64)
-        self.time = np.empty((u, SEQUENCE))
-        self.weight = np.empty((u, SEQUENCE), np.float32)
-        self.kind = np.empty((u, SEQUENCE), np.uint8)
-        self.d = np.zeros(u, np.int64)
-        self.event = np.empty((u, DEDUPE), np.uint64)
-        self.event_time = np.empty((u, DEDUPE), np.uint32)
-        self.s = np.zeros(u, np.int64)
-        self.slate = np.empty((u, SLATES), np.uint64)
-        self.slate_time = np.empty((u, SLATES), np.uint32)
-        self.slate_size = np.zeros((u, SLATES), np.uint8)
-        self.slate_items = np.empty((u, SLATES, SLATE_ITEMS), np.uint32)
-        self.seen_n = np.fromiter((len(b) // 4 if b else 0 for b in seen), np.int64, u)
-        self.seen = np.empty((u, SEEN), np.uint32)
-        self.averse_n = np.zeros(u, np.int64)
-        self.averse = np.empty((u, AWAY), np.uint64)
-        self.averse_time = np.empty((u, AWAY))
-        self.tally = np.zeros((u, len(TALLY)), np.float32)
-        self.changed_by = np.empty(u, np.int64)  # the last event of the micro-batch that changed the profile
-        self.changed_by.fill(-1)  # np.full takes four times as long, and lookups come here too
-        self.seen_changed = np.zeros(u, np.bool_)
-        self._load(packed, seen)
-
-    def _load(self, packed: list[bytes | None], seen: list[bytes | None]) -> None:
-        lists = [stored for stored in seen if stored]
-        for size in map(len, lists):
-            if size % 4 or size > 4 * SEEN:
-                raise CodecError(f"seen list: expected at most {SEEN} hashes of 4 bytes, got {size} bytes")
-        _spread(np.frombuffer(b"".join(lists), "<u4"), self.seen_n, self.seen)
-        sizes = np.fromiter((len(p) if p else 0 for p in packed), np.int64, len(packed))
-        start = np.zeros(len(packed) + 1, np.int64)
-        np.cumsum(sizes, out=start[1:])
-        buffer = np.frombuffer(b"".join(p for p in packed if p), np.uint8)
-        bad = int(_unpack(buffer, start, self.exists, *self._columns(), *self._byte_views()))
+        self.rows: NDArray[Any] = np.empty(len(packed), PROFILE)
+        self._bytes = self.rows.view(np.uint8)
+        buffer = np.frombuffer(b"".join([value for value in stored if value]), np.uint8)
+        lengths = np.array([-1 if value is None else len(value) for value in stored], np.int64)
+        bad = int(_unpack(buffer, lengths, self.rows, self._bytes))
+        if bad >= len(packed):
+            size = lengths[bad]
+            raise CodecError(f"seen list: expected at most {SEEN} hashes of 4 bytes, got {size} bytes")
         if bad >= 0:
             raise _unreadable(packed[bad] or b"")
 
-    def _columns(self) -> tuple[I64, I64, I64, I64, U8]:
-        return self.n, self.d, self.s, self.averse_n, self.slate_size
+    def __getattr__(self, column: str) -> NDArray[Any]:
+        if column not in PROFILE.names:  # type: ignore[operator]
+            raise AttributeError(column)
+        found: NDArray[Any] = self.rows[column]
+        return found
 
-    def _byte_views(self) -> tuple[U8, ...]:
-        columns = (
-            self.counters, self.times, self.ended, self.item, self.time, self.weight, self.kind, self.event,
-            self.event_time, self.slate, self.slate_time,
-            self.slate_items.reshape(len(self.n), math.prod(self.slate_items.shape[1:])), self.averse,
-            self.averse_time, self.tally,
-        )  # fmt: skip
-        return tuple(column.view(np.uint8) for column in columns)
-
-    def pack(self, rows: I64) -> list[bytes]:
+    def pack(self, rows: Sequence[int] | I64) -> list[bytes]:
         """Return the packed bytes of these users' profiles."""
-        versions = np.where(self.ended[rows, 0] > 0.0, max(self.codec, 2), self.codec).astype(np.uint8)
-        header = np.array([0, *HEADER_BYTES.values()])[versions]
-        sizes = (
-            header + np.where(versions >= 3, 16 * self.averse_n[rows], 0) + 21 * self.n[rows] + 12 * self.d[rows]
-            + 13 * self.s[rows] + 4 * _shown_counts(self.s, self.slate_size, rows)
-        )  # fmt: skip
-        start = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(sizes, out=start[1:])
-        buffer = np.zeros(int(start[-1]), np.uint8)
-        _pack(buffer, start, rows, versions, *self._columns(), *self._byte_views())
-        data, cuts = buffer.tobytes(), start.tolist()
+        buffer, start = np.empty(len(rows) * _LARGEST, np.uint8), np.zeros(len(rows) + 1, np.int64)
+        _pack(self.rows, self._bytes, np.asarray(rows, np.int64), self.codec, buffer, start)
+        cuts = start.tolist()
+        data = buffer[: cuts[-1]].tobytes()
         return [data[a:b] for a, b in pairwise(cuts)]
 
-    def pack_seen(self, rows: I64) -> list[bytes]:
+    def pack_seen(self, rows: Sequence[int] | I64) -> list[bytes]:
         """Return the packed seen lists of these users."""
-        start = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(self.seen_n[rows], out=start[1:])
-        buffer = np.empty(int(start[-1]), np.uint32)
-        _gather(buffer, rows, self.seen_n, self.seen)
-        data, cuts = buffer.tobytes(), (4 * start).tolist()
-        return [data[a:b] for a, b in pairwise(cuts)]
+        seen, lengths = self.rows["seen"], self.rows["seen_n"]
+        return [seen[row, : lengths[row]].tobytes() for row in rows]
 
-    def fold(self, batch: EventColumns, out: Folded, first: int, last: int) -> None:
+    def fold(self, batch: Events, out: Folded, first: int, last: int) -> None:
         """Fold events first:last of a micro-batch, none about identity (models/identity.py), in order and in place."""
-        out.overflow += int(
-            fold_events(
-                first, last,
-                batch.user, batch.kind, batch.item, batch.time, batch.record_s, batch.event, batch.weight, batch.value,
-                batch.slate, batch.shown_start, batch.shown,
-                self.exists, self.counters, self.times, self.ended, self.n, self.item, self.time, self.weight,
-                self.kind, self.d, self.event, self.event_time, self.s, self.slate, self.slate_time, self.slate_size,
-                self.slate_items, self.seen_n, self.seen, self.averse_n, self.averse, self.averse_time, self.tally,
-                self.changed_by, self.seen_changed,
-                out.status, out.flags, out.slates, out.history_length, out.history_item, out.history_time,
-                out.history_kind, out.history_weight, out.tally, out.averse_length, out.averse,
-            )
+        made = out.made
+        fold_events(
+            first, last, batch.rows, batch.shown, self.rows, out.counts, out.source, made.partition, made.offset,
+            made.time, made.kind, made.flags, made.target, made.weight, made.value, made.slates, made.history_start,
+            made.history_item, made.history_time, made.history_kind, out.history_weight, made.tally,
+            made.averse_start, made.averse,
         )  # fmt: skip
 
 
@@ -207,24 +196,13 @@ def _unreadable(head: bytes) -> CodecError:
 
 
 @dataclass(slots=True)
-class EventColumns:
-    """A micro-batch of n events as columns; `user` is the row in Profiles; hashes are 0 where there is none.
+class Events:
+    """A micro-batch: rows, records of EVENT[n]; shown u64: the items of its impressions."""
 
-    user i64, kind u8, item u64, time f64 (effective, s), record_s u32 (record time, whole s), event u64, weight f64,
-    value f64 (models.examples), slate u64; an impression's shown items: shown[shown_start[i]:shown_start[i + 1]] u32.
-    """
-
-    user: I64
-    kind: U8
-    item: U64
-    time: F64
-    record_s: U32
-    event: U64
-    weight: F64
-    value: F64
-    slate: U64
-    shown_start: I64
-    shown: U32
+    rows: NDArray[Any]
+    shown: U64
+    identities: Sequence[int] = ()
+    """The places of those about identity (models/identity.py)."""
     moved: dict[int, Moved] = field(default_factory=dict)
     """What each merge (by its place in the batch) brings."""
 
@@ -251,62 +229,69 @@ class Moved:
 
 @dataclass(slots=True)
 class Folded:
-    """What n folded events derive: status and flags u8[n], slates u64[n, 4], histories [n, 20] newest first.
+    """What n folded events derive: counts i64[7] (ENTRIES and so on), and of each entry its event, source i64[n].
 
-    tally f32[n, 8] and averse u64[n, 8] (newest first): the user's before the event.
+    `made` has room for n entries; history_weight f32: theirs, none greater than a float16 can be.
     """
 
-    status: U8
-    flags: U8
-    slates: U64
-    history_length: U8
-    history_item: U64
-    history_time: F64
-    history_kind: U8
+    counts: I64
+    source: I64
+    made: Entries
     history_weight: F32
-    tally: F32
-    averse_length: U8
-    averse: U64
-    overflow: int = 0
-    """Event ids that left the dedupe window because a user had more than 256 of them in it."""
     moved: dict[int, Moved] = field(default_factory=dict)
     """What each alias (by its place in the batch) took from its anonymous profile."""
 
     @classmethod
     def of(cls, n: int) -> Folded:
         """Return room for n events."""
-        return cls(
-            status=np.zeros(n, np.uint8), flags=np.zeros(n, np.uint8), slates=np.zeros((n, SLATES), np.uint64),
-            history_length=np.zeros(n, np.uint8), history_item=np.empty((n, HISTORY), np.uint64),
-            history_time=np.empty((n, HISTORY)), history_kind=np.empty((n, HISTORY), np.uint8),
-            history_weight=np.empty((n, HISTORY), np.float32), tally=np.zeros((n, len(TALLY)), np.float32),
-            averse_length=np.zeros(n, np.uint8), averse=np.empty((n, AVERSE), np.uint64),
+        made = Entries(
+            ranges=[], partition=np.empty(n, np.uint16), offset=np.empty(n, np.int64), index=np.zeros(n, np.uint16),
+            time=np.empty(n), kind=np.empty(n, np.uint8), flags=np.empty(n, np.uint8), target=np.empty(n, np.uint64),
+            weight=np.empty(n), value=np.empty(n), slates=np.empty((n, SLATES), np.uint64),
+            history_start=np.zeros(n + 1, np.int64), history_item=np.empty(n * HISTORY, np.uint64),
+            history_time=np.empty(n * HISTORY), history_kind=np.empty(n * HISTORY, np.uint8),
+            history_weight=_NO_WEIGHTS, tally=np.empty((n, len(TALLY)), np.float32),
+            averse_start=np.zeros(n + 1, np.int64), averse=np.empty(n * AVERSE, np.uint64),
         )  # fmt: skip
+        return cls(np.zeros(OVERFLOW + 1, np.int64), np.empty(n, np.int64), made, np.empty(n * HISTORY, np.float32))
+
+    def entries(self, ranges: list[tuple[int, int, int]], ids: list[str], extra: list[bytes], version: int) -> Entries:
+        """Return the entries that were made, with what only the events know of them."""
+        made, counts = self.made, self.counts.tolist()
+        n, slots, away = counts[ENTRIES], counts[SLOTS], counts[AWAYS]
+        made.ranges, made.ids, made.extra, made.version = ranges, ids, extra, version
+        made.partition, made.offset, made.index = made.partition[:n], made.offset[:n], made.index[:n]
+        made.time, made.kind, made.flags, made.target = made.time[:n], made.kind[:n], made.flags[:n], made.target[:n]
+        made.weight, made.value, made.slates, made.tally = (
+            made.weight[:n], made.value[:n], made.slates[:n], made.tally[:n],
+        )  # fmt: skip
+        made.history_start, made.history_item = made.history_start[: n + 1], made.history_item[:slots]
+        made.history_time, made.history_kind = made.history_time[:slots], made.history_kind[:slots]
+        made.history_weight = self.history_weight[:slots].astype(np.float16)
+        made.averse_start, made.averse = made.averse_start[: n + 1], made.averse[:away]
+        return made
 
 
 def unpack(profile: bytes | None, seen: bytes | None) -> ProfileView:
     """Read one packed profile and seen list for a reader; an unknown user reads as an empty profile."""
-    one = Profiles([profile], [seen])
-    n, s, a = int(one.n[0]), int(one.s[0]), int(one.averse_n[0])
-    slates = [
-        (int(one.slate[0, i]), int(one.slate_time[0, i]), one.slate_items[0, i, : one.slate_size[0, i]])
-        for i in reversed(range(s))
-    ]
+    one = Profiles([profile], [seen]).rows[0]
+    n, s, a = one["n"], one["s"], one["averse_n"]
+    hashes, times, sizes, items = one["slate"], one["slate_time"], one["slate_size"], one["slate_items"]
     return ProfileView(
-        known=bool(one.exists[0]),
-        ended=float(one.ended[0, 0]),
-        items=one.item[0, :n][::-1],
-        times=one.time[0, :n][::-1],
-        kinds=one.kind[0, :n][::-1] & np.uint8(0x7F),
-        weights=one.weight[0, :n][::-1],
-        seen=one.seen[0, : int(one.seen_n[0])],
-        counters=dict(zip(COUNTERS, one.counters[0].tolist(), strict=True)),
-        first_time=float(one.times[0, 0]),
-        last_time=float(one.times[0, 1]),
-        slates=slates,
-        averse=one.averse[0, :a][::-1],
-        averse_times=one.averse_time[0, :a][::-1],
-        tally=one.tally[0],
+        known=bool(one["exists"]),
+        ended=float(one["ended"]),
+        items=one["item"][:n][::-1],
+        times=one["time"][:n][::-1],
+        kinds=one["kind"][:n][::-1] & np.uint8(0x7F),
+        weights=one["weight"][:n][::-1],
+        seen=one["seen"][: one["seen_n"]],
+        counters=dict(zip(COUNTERS, one["counters"].tolist(), strict=True)),
+        first_time=float(one["times"][0]),
+        last_time=float(one["times"][1]),
+        slates=[(int(hashes[i]), int(times[i]), items[i, : sizes[i]]) for i in range(s - 1, -1, -1)],
+        averse=one["averse"][:a][::-1],
+        averse_times=one["averse_time"][:a][::-1],
+        tally=one["tally"],
     )
 
 
@@ -317,111 +302,91 @@ def canonical(profiles: list[bytes], codec: int = VERSION) -> list[bytes]:
 
 
 @njit(cache=True)
-def _spread(flat, lengths, lists):  # type: ignore[no-untyped-def]  # fmt: skip
-    at = 0
-    for u in range(len(lengths)):
-        lists[u, : lengths[u]] = flat[at : at + lengths[u]]
-        at += lengths[u]
+def _unpack(buffer, lengths, profiles, raw):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Read packed profiles, then seen lists (lengths -1: none), into records; `raw` are their bytes.
 
-
-@njit(cache=True)
-def _gather(flat, rows, lengths, lists):  # type: ignore[no-untyped-def]  # fmt: skip
-    at = 0
-    for u in rows:
-        flat[at : at + lengths[u]] = lists[u, : lengths[u]]
-        at += lengths[u]
-
-
-@njit(cache=True)
-def _shown_counts(s: I64, slate_size: U8, rows: I64) -> I64:
-    counts = np.zeros(len(rows), np.int64)
-    for i in range(len(rows)):
-        for j in range(s[rows[i]]):
-            counts[i] += slate_size[rows[i], j]
-    return counts
-
-
-@njit(cache=True)
-def _unpack(buffer, start, exists, n, d, s, a, slate_size, counters, times, ended, item, time, weight, kind, event, event_time, slate, slate_time, slate_items, averse, averse_time, tally):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
-    """Read packed profiles into rows; all columns are byte views. Returns the first bad row, or -1."""
-    for u in range(len(n)):
-        at, end = start[u], start[u + 1]
+    Returns the first value that cannot be read, or -1.
+    """
+    users, end = len(profiles), 0
+    for u in range(users):
+        p, row = profiles[u], u * _SIZE
+        at, end = end, end + max(lengths[u], 0)
+        p.n = p.d = p.s = p.averse_n = 0
+        p.changed_by, p.exists, p.seen_changed = -1, lengths[u] >= 0, False
+        raw[row : row + 88] = 0
         if at == end:
             continue
         version = buffer[at]
         if end - at < 56 or version < 1 or version > 3:
             return u
         header = 56 if version == 1 else 64 if version == 2 else 96
-        a[u] = buffer[at + 3] if version == 3 else 0
-        n[u], s[u] = buffer[at + 1], buffer[at + 2]
-        d[u] = buffer[at + 4] + 256 * np.int64(buffer[at + 5])
-        if n[u] > 50 or s[u] > 4 or d[u] > 256 or a[u] > 16:
+        p.n, p.s = buffer[at + 1], buffer[at + 2]
+        p.averse_n = buffer[at + 3] if version == 3 else 0
+        p.d = buffer[at + 4] + 256 * np.int64(buffer[at + 5])
+        if p.n > 50 or p.s > 4 or p.d > 256 or p.averse_n > 16:
             return u
-        if end - at < header + 21 * n[u] + 12 * d[u] + 13 * s[u] + 16 * a[u]:
+        if end - at < header + 21 * p.n + 12 * p.d + 13 * p.s + 16 * p.averse_n:
             return u
-        counters[u, :] = buffer[at + 8 : at + 40]
-        times[u, :] = buffer[at + 40 : at + 56]
+        raw[row : row + header - 8] = buffer[at + 8 : at + header]
         if version >= 2:
-            ended[u, :] = buffer[at + 56 : at + 64]
             over, lives = False, False
             for j in range(8):
-                over |= ended[u, j] != 0
-                lives |= times[u, 8 + j] != 0
-            exists[u] = lives or not over
-        if version == 3:
-            tally[u, :] = buffer[at + 64 : at + 96]
+                over |= raw[row + _ENDED + j] != 0
+                lives |= raw[row + _ENDED - 8 + j] != 0
+            p.exists = lives or not over
         at += header
-        for column, width, count in (
-            (item, 8, n[u]), (time, 8, n[u]), (weight, 4, n[u]), (kind, 1, n[u]),
-            (event, 8, d[u]), (event_time, 4, d[u]), (slate, 8, s[u]), (slate_time, 4, s[u]),
-            (averse, 8, a[u]), (averse_time, 8, a[u]),
-        ):  # fmt: skip
-            column[u, : width * count] = buffer[at : at + width * count]
-            at += width * count
-        for j in range(s[u]):
-            slate_size[u, j] = buffer[at + j]
-        at += s[u]
-        for j in range(s[u]):
-            size = 4 * np.int64(slate_size[u, j])
+        counts = (p.n, p.d, p.s, p.averse_n)
+        for column in range(len(_COLUMNS)):
+            to, width, of = _COLUMNS[column]
+            size = width * counts[of]
+            raw[row + to : row + to + size] = buffer[at : at + size]
+            at += size
+        raw[row + _SIZES : row + _SIZES + p.s] = buffer[at : at + p.s]
+        at += p.s
+        for j in range(p.s):
+            size = 4 * np.int64(p.slate_size[j])
             if size > 96 or at + size > end:
                 return u
-            slate_items[u, 96 * j : 96 * j + size] = buffer[at : at + size]
+            to = row + _SHOWN + 96 * j
+            raw[to : to + size] = buffer[at : at + size]
             at += size
         if at != end:
             return u
+    for u in range(users):
+        size = max(lengths[users + u], 0)
+        if size % 4 or size > 16384:
+            return users + u
+        to = u * _SIZE + _SEEN
+        raw[to : to + size] = buffer[end : end + size]
+        profiles[u].seen_n = size // 4
+        end += size
     return -1
 
 
 @njit(cache=True)
-def _pack(buffer, start, rows, versions, n, d, s, a, slate_size, counters, times, ended, item, time, weight, kind, event, event_time, slate, slate_time, slate_items, averse, averse_time, tally):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
-    """Write rows as packed profiles, the inverse of _unpack."""
+def _pack(profiles, raw, rows, codec, buffer, start):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Write records as packed profiles, the inverse of _unpack; start i64[k + 1]: where each begins in the buffer."""
+    at = 0
     for i in range(len(rows)):
-        u, at = rows[i], start[i]
-        buffer[at], buffer[at + 1], buffer[at + 2] = versions[i], n[u], s[u]
-        buffer[at + 4], buffer[at + 5] = d[u] % 256, d[u] // 256
-        buffer[at + 8 : at + 40] = counters[u, :]
-        buffer[at + 40 : at + 56] = times[u, :]
-        at += 56
-        if versions[i] >= 2:
-            buffer[at : at + 8] = ended[u, :]
-            at += 8
-        kept = np.int64(0)
-        if versions[i] >= 3:
-            kept = a[u]
-            buffer[start[i] + 3] = kept
-            buffer[at : at + 32] = tally[u, :]
-            at += 32
-        for column, width, count in (
-            (item, 8, n[u]), (time, 8, n[u]), (weight, 4, n[u]), (kind, 1, n[u]),
-            (event, 8, d[u]), (event_time, 4, d[u]), (slate, 8, s[u]), (slate_time, 4, s[u]),
-            (averse, 8, kept), (averse_time, 8, kept),
-        ):  # fmt: skip
-            buffer[at : at + width * count] = column[u, : width * count]
-            at += width * count
-        for j in range(s[u]):
-            buffer[at + j] = slate_size[u, j]
-        at += s[u]
-        for j in range(s[u]):
-            size = 4 * np.int64(slate_size[u, j])
-            buffer[at : at + size] = slate_items[u, 96 * j : 96 * j + size]
+        p, row = profiles[rows[i]], rows[i] * _SIZE
+        version = max(codec, 2) if p.ended > 0.0 else codec
+        header = 56 if version == 1 else 64 if version == 2 else 96
+        kept = p.averse_n if version >= 3 else 0
+        buffer[at], buffer[at + 1], buffer[at + 2], buffer[at + 3] = version, p.n, p.s, kept
+        buffer[at + 4], buffer[at + 5], buffer[at + 6], buffer[at + 7] = p.d % 256, p.d // 256, 0, 0
+        buffer[at + 8 : at + header] = raw[row : row + header - 8]
+        at += header
+        counts = (p.n, p.d, p.s, kept)
+        for column in range(len(_COLUMNS)):
+            to, width, of = _COLUMNS[column]
+            size = width * counts[of]
+            buffer[at : at + size] = raw[row + to : row + to + size]
             at += size
+        buffer[at : at + p.s] = raw[row + _SIZES : row + _SIZES + p.s]
+        at += p.s
+        for j in range(p.s):
+            shown = 4 * np.int64(p.slate_size[j])
+            to = row + _SHOWN + 96 * j
+            buffer[at : at + shown] = raw[to : to + shown]
+            at += shown
+        start[i + 1] = at
