@@ -112,16 +112,16 @@ class Overlap:
 class Estimate:
     """One estimator's value with its intervals at one level.
 
-    low, high: the headline one (`gamma_interval`); bootstrap: percentiles over clusters; bernstein: holds for every n
-    if no weight can exceed `bernstein_bound`; variance: of the value (delta method); jump: by how much one more reward
-    moves it; rows: those that it used.
+    low, high: the headline one (`gamma_interval`); cautious: the same with the largest weight as jump, which also holds
+    where most clicks lie on what the log hardly shows; bootstrap: percentiles over clusters; bernstein: holds for every
+    n if no weight can exceed `bernstein_bound`; variance: of the value (delta method); rows: those that it used.
     """
 
     value: float
     low: float
     high: float
     variance: float
-    jump: float
+    cautious: Interval
     bootstrap: Interval
     bernstein: Interval
     bernstein_bound: float
@@ -220,12 +220,13 @@ def difference(first: Estimate, second: Estimate) -> Interval:
     )
 
 
-def detectable(first: Estimate, second: Estimate, *, level: float = 0.95, power: float = 0.8) -> float:
-    """Return the smallest true difference that such data find with this power: (z + z') x its standard error.
+def detectable(ends: Interval, *, level: float = 0.95, power: float = 0.8) -> float:
+    """Return the smallest true difference that such data find with this power, from the interval of a difference.
 
-    Two-sided at 1 - level. Lehr: Sixteen S-squared over D-squared (Statistics in Medicine 11, 1992).
+    (1 + z' / z) x half its width: (z + z') standard errors where it is symmetric (Lehr: Statistics in Medicine 11,
+    1992); where it is skewed its width says more than a standard error of few clicks.
     """
-    return (_z((1.0 + level) / 2.0) + _z(power)) * math.sqrt(first.variance + second.variance)
+    return (1.0 + _z(power) / _z((1.0 + level) / 2.0)) * (ends[1] - ends[0]) / 2.0
 
 
 def verdict(seen: Overlap, ends: Interval | None) -> str:
@@ -241,9 +242,9 @@ def gamma_interval(value: float, variance: float, jump: float, level: float = 0.
     low is a quantile of the gamma distribution of mean `value` and this variance, high of that of mean value + jump and
     variance + jump^2: what would be were one more event to come. For jump = value / count it is the exact Poisson
     interval. Fay and Feuer: Confidence intervals for directly standardized rates (Statistics in Medicine 16, 1997) take
-    the largest weight as jump, which covers always and is up to ten times wider; ours is the mean weight under the
-    evaluation policy, sum w^2 / sum w, in the spirit of Tiwari, Clegg, Zou (Statistical Methods in Medical Research
-    15, 2006), who take the mean one.
+    the largest weight as jump, which is `cautious` and up to ten times wider; the headline takes the mean weight under
+    the evaluation policy, sum w^2 / sum w, in the spirit of Tiwari, Clegg, Zou (Statistical Methods in Medical
+    Research 15, 2006), who take the mean one.
 
     >>> low, high = gamma_interval(0.005, 0.005 / 10_000, 1 / 10_000)    # 50 clicks of 10,000: 37.1 and 65.9
     >>> round(low * 10_000, 1), round(high * 10_000, 1)
@@ -346,13 +347,16 @@ def _estimate(
     a, b = _sums(terms.a, terms.cluster), _sums(terms.b, terms.cluster)
     total, n = float(b.sum()), len(b)
     if total <= 0.0:  # no weight at all: nothing is known but the range
-        return Estimate(math.nan, 0.0, top, math.inf, math.inf, (0.0, top), (0.0, top), terms.bound, 0)
+        return Estimate(math.nan, 0.0, top, math.inf, (0.0, top), (0.0, top), (0.0, top), terms.bound, 0)
     at = float(a.sum()) / total
     variance = float(((a - at * b) ** 2).sum()) / total**2 * n / max(n - 1, 1) + extra_variance
-    jump = top * float((terms.weight**2).sum()) / (float(terms.weight.sum()) or 1.0) / total
-    low, high = gamma_interval(at, variance, jump, level)
+    usual = float((terms.weight**2).sum()) / (float(terms.weight.sum()) or 1.0)
+    (low, high), cautious = (
+        gamma_interval(at, variance, top * weight / total, level) for weight in (usual, float(terms.weight.max()))
+    )
     return Estimate(
-        at, low, min(high, max(top, at)), variance, jump, _bootstrap(a, b, rng, level, draws),
+        at, low, min(high, max(top, at)), variance, (cautious[0], min(cautious[1], max(top, at))),
+        _bootstrap(a, b, rng, level, draws),
         _bernstein(a, b, terms, top, level), terms.bound, len(terms.a),
     )  # fmt: skip
 

@@ -132,8 +132,8 @@ def _policy_noise(
 def _report(judged: Judged, own: ope.Estimate, noise: dict[str, float]) -> dict[str, Any]:
     seen, found = judged.overlap, judged.estimates
     ends = {name: ope.difference(told, own) for name, told in found.items()}
-    head = found.get(ope.HEADLINE)
-    least = ope.detectable(head, own) if head is not None else None
+    head = ends.get(ope.HEADLINE)
+    least = None if head is None else ope.detectable(head)
     nothing = {"value": None, "low": None, "high": None}
     return {
         "verdict": ope.verdict(seen, ends.get(ope.HEADLINE)),
@@ -165,7 +165,8 @@ def estimate_report(told: ope.Estimate, policy_variance: float | None) -> dict[s
     """Return an estimate as plain values; policy_variance: the part of its variance from estimated frequencies."""
     out: dict[str, Any] = {
         "value": told.value, "low": told.low, "high": told.high, "rows": told.rows,
-        "standard_error": told.variance**0.5, "bootstrap": list(told.bootstrap), "bernstein": list(told.bernstein),
+        "standard_error": told.variance**0.5, "cautious": list(told.cautious),
+        "bootstrap": list(told.bootstrap), "bernstein": list(told.bernstein),
         "bernstein_bound": told.bernstein_bound,
     }  # fmt: skip
     if policy_variance is not None:

@@ -43,8 +43,8 @@ def evaluate(
     no overlap  fewer than 500 effective rows: the log cannot say, and no number is given
 
     Intervals are for rare clicks (`freshet bench ope` measures how often they hold the truth). So few of them show
-    little: of 10,000 rows with 46 to 69 clicks each side, a policy must differ by some 60 % before the
-    difference is found in four of five such pairs of logs; `detectable` says it for the logs at hand.
+    little: of 10,000 rows with 46 to 69 clicks each side, a click rate must be off by 70 % (men, random to bts) to
+    120 % (men, bts to random) before four of five such pairs of logs show it; `detectable` says it for those at hand.
     """
     from infra.evaluating.compare import compare
     from infra.evaluating.open_bandit import read_bandit_log
@@ -90,6 +90,12 @@ def show(report: dict[str, Any], screen: Console) -> None:
         f"[dim]effective rows {report['effective_sample_size']:,.0f}; largest weight {seen['largest_weight']:,.1f};"
         f" clipped at {seen['clip']:g}, too low by at most {seen['clipped']:.1%} of all weight"
     )
+    head = report["estimates"][report["headline"]]
+    if head["value"] is not None and head["cautious"][1] > 1.5 * head["high"]:
+        screen.print(
+            f"[yellow]were what the log hardly shows clicked much more than the rest, these rows would not tell: SNIPS"
+            f" is then only known to be at most {head['cautious'][1]:.3%}"
+        )
     for warning in seen["warnings"]:
         screen.print(f"[yellow]{warning}")
     colour = {"agrees": "green", "disagrees": "red"}.get(report["verdict"], "yellow")

@@ -1,7 +1,7 @@
 """`freshet bench ope`: how often do the 95 % intervals of off-policy evaluation hold a truth that is known?
 
 Worlds of 34 items, as in the Open Bandit men campaign, are drawn anew in every repetition: click rates around .5 %, and
-a policy that shows better items more often. Knows nothing of logs on disk.
+a policy that shows better items more often; and one world made to mislead, `hidden`. Knows nothing of logs on disk.
 """
 
 from __future__ import annotations
@@ -26,17 +26,25 @@ ITEMS: Final = 34
 RATE: Final = 0.005
 REPETITIONS: Final = 500
 ROWS: Final = (1_000, 10_000)
-MISMATCHES: Final = {"mild": (0.5, True), "strong": (1.1, True), "strong, from the peaked log": (1.1, False)}
-"""Scale of the logits of the policy that is not uniform, and whether the uniform one logs."""
-INTERVALS: Final = ("headline", "normal", "bootstrap", "bernstein")
+MISMATCHES: Final = ("mild", "strong", "strong, from the peaked log", "hidden")
+INTERVALS: Final = ("headline", "cautious", "normal", "bootstrap", "bernstein")
 
 
-def world(scale: float, rng: np.random.Generator) -> tuple[F64, F64]:
-    """Return click rates and a softmax policy that prefers better items, both f64[ITEMS]."""
+def world(mismatch: str, rng: np.random.Generator) -> tuple[F64, F64, F64]:
+    """Return click rates, logging and evaluation policy, all f64[ITEMS].
+
+    One policy is uniform, the other a softmax that prefers better items. hidden: half of all clicks under the
+    evaluation policy are on an item of which the log has 20 rows in 10,000.
+    """
     taste = rng.standard_normal(ITEMS)
     rates = np.exp(0.6 * taste)
-    logits = scale * (0.5 * taste + 0.87 * rng.standard_normal(ITEMS))
-    return rates * RATE / rates.mean(), np.exp(logits) / np.exp(logits).sum()
+    rates *= RATE / rates.mean()
+    logits = (0.5 if mismatch == "mild" else 1.1) * (0.5 * taste + 0.87 * rng.standard_normal(ITEMS))
+    flat, peaked = np.full(ITEMS, 1.0 / ITEMS), np.exp(logits) / np.exp(logits).sum()
+    if mismatch == "hidden":
+        most = np.full(ITEMS - 1, 1.0 / (ITEMS - 1))
+        return np.append(rates[1:] / 2, RATE * 10), np.append(0.998 * most, 0.002), np.append(0.95 * most, 0.05)
+    return (rates, peaked, flat) if "peaked" in mismatch else (rates, flat, peaked)
 
 
 def draw(policy: F64, rates: F64, rows: int, name: str, rng: np.random.Generator) -> BanditLog:
@@ -47,26 +55,24 @@ def draw(policy: F64, rates: F64, rows: int, name: str, rng: np.random.Generator
 
 
 def measure(
-    *, repetitions: int = REPETITIONS, rows: tuple[int, ...] = ROWS, seed: int = 1,
-    advance: Callable[[], None] = lambda: None,
+    *, repetitions: int = REPETITIONS, rows: tuple[int, ...] = ROWS, mismatches: tuple[str, ...] = MISMATCHES,
+    seed: int = 1, advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return coverage, width and bias of every estimator in every setting; `advance` is called once a repetition."""
     settings: list[dict[str, Any]] = []
-    for name, (scale, uniform_logs) in MISMATCHES.items():
+    for name in mismatches:
         for n in rows:
             rng = np.random.default_rng([seed, len(settings)])
             found = []
             for _ in range(repetitions):
-                found.append(_repetition(scale, uniform_logs, n, rng))
+                found.append(_repetition(name, n, rng))
                 advance()
             settings.append({"mismatch": name, "rows": n, **_summary(found)})
     return {"level": 0.95, "repetitions": repetitions, "click_rate": RATE, "items": ITEMS, "settings": settings}
 
 
-def _repetition(scale: float, uniform_logs: bool, n: int, rng: np.random.Generator) -> dict[str, Any]:
-    rates, peaked = world(scale, rng)
-    flat = np.full(ITEMS, 1.0 / ITEMS)
-    logging, evaluation = (flat, peaked) if uniform_logs else (peaked, flat)
+def _repetition(mismatch: str, n: int, rng: np.random.Generator) -> dict[str, Any]:
+    rates, logging, evaluation = world(mismatch, rng)
     truth = float(rates @ evaluation)
     source, target = draw(logging, rates, n, "source", rng), draw(evaluation, rates, n, "target", rng)
     logged = replace(Source(source, 1, ITEMS, rng).under(evaluation[None]), cluster=None)
@@ -75,7 +81,13 @@ def _repetition(scale: float, uniform_logs: bool, n: int, rng: np.random.Generat
     for name in ope.ESTIMATORS:
         told = ope.estimate(name, logged, rng=rng, weight_bound=bound)
         half = 1.959964 * told.variance**0.5
-        ends = ((told.low, told.high), (told.value - half, told.value + half), told.bootstrap, told.bernstein)
+        ends = (
+            (told.low, told.high),
+            told.cautious,
+            (told.value - half, told.value + half),
+            told.bootstrap,
+            told.bernstein,
+        )
         out[name] = [told.value / truth - 1.0, *(_place(truth, pair) for pair in ends),
                      *((high - max(low, 0.0)) / truth for low, high in ends)]  # fmt: skip
     # as `freshet evaluate` does it: the policy is the frequencies of the target log; the true difference is 0
@@ -95,13 +107,13 @@ def _summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     estimators = {}
     for name in ope.ESTIMATORS:
         # replay of a small log may accept no row at all
-        rows = np.array([row[name] for row in found if np.isfinite(row[name][0])], np.float64).reshape(-1, 9)
+        rows = np.array([row[name] for row in found if np.isfinite(row[name][0])], np.float64).reshape(-1, 11)
         estimators[name] = {
             "bias": float(rows[:, 0].mean()), "error": float(np.sqrt((rows[:, 0] ** 2).mean())),
             **{
                 kind: {
                     "coverage": float((rows[:, 1 + k] == 0).mean()), "above": float((rows[:, 1 + k] > 0).mean()),
-                    "below": float((rows[:, 1 + k] < 0).mean()), "width": float(rows[:, 5 + k].mean()),
+                    "below": float((rows[:, 1 + k] < 0).mean()), "width": float(rows[:, 6 + k].mean()),
                 }
                 for k, kind in enumerate(INTERVALS)
             },
