@@ -73,6 +73,13 @@ def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, t
 
 
 @njit(cache=True)
+def _push(ring, pushed, targets):  # type: ignore[no-untyped-def]
+    """Lay targets i64[b] into the ring, after `pushed` that came before."""
+    for i in range(len(targets)):
+        ring[(pushed + i) % len(ring)] = targets[i]
+
+
+@njit(cache=True)
 def _log(count):  # type: ignore[no-untyped-def]
     if count == 1.0:
         return 0.0
@@ -292,7 +299,8 @@ class Encoder:
         self.pending += b
         if self.pending >= ADAM_EVENTS:
             self._adam()
-        self._push(targets)
+        _push(self.ring, self.pushed, targets)
+        self.pushed += b
         return float(loss), rows
 
     def _descend(self, rows: I64, counts: F32, target_at: I64, history: I64) -> float:
@@ -337,8 +345,3 @@ class Encoder:
         arrays = {"vectors": self.factors.vectors, "both": self.factors.both, "gradient": self.gradient}
         self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return self._tensors
-
-    def _push(self, targets: I64) -> None:
-        at = (self.pushed + np.arange(len(targets))) % RECENT
-        self.ring[at] = targets
-        self.pushed += len(targets)

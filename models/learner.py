@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import xxhash
@@ -44,6 +44,7 @@ WINDOW_SLATES: Final = 4096
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+U16 = NDArray[np.uint16]
 U64 = NDArray[np.uint64]
 
 
@@ -94,6 +95,15 @@ class Held:
     settled: bool = False
 
 
+class Joined(NamedTuple):
+    """An outcome and its slate: the target stands at `place` of the candidates; first: no outcome joined it before."""
+
+    held: Held
+    target: int
+    place: int
+    first: bool
+
+
 class Learner:
     """Owner of a `Model` under training: optimiser state, own popularity, join window.
 
@@ -112,14 +122,14 @@ class Learner:
         self.collided = self.unreadable = 0
         self.watches = {name: drift.Watch() for name in WATCHED}
         self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self._checks: NDArray[np.uint16] = np.zeros(0, np.uint16)
+        self._checks: U16 = np.zeros(0, np.uint16)
         self.grow()
 
     def grow(self) -> None:
         """Follow the shared rows."""
         self.encoder.grow()
-        self.model.values.grow()
         if len(self._checks) < self.rows.capacity:
+            self.model.values.grow()
             self.popularity.grow(self.rows.capacity)
             self._touched = grown(self._touched, self.rows.capacity)
             self._checks = grown(self._checks, self.rows.capacity)
@@ -127,45 +137,49 @@ class Learner:
     def learn(self, entries: Entries, origin: Origin = START) -> Learned:
         """Learn one micro-batch of entries, which came with the record that began at `origin`."""
         out = Learned()
-        entries = self._apart(entries)
+        entries, checks = self._apart(entries)
         pairs, left = self._join(entries, origin)
         for slate in left:
             self._calibrate(slate, None, True, out)
-        for slate, target, first in pairs:
+        for slate, target, place, first in pairs:
             out.joined += 1
             self._calibrate(slate, target, first, out)
-            self._rank(slate, target, out)
-        if entries.version > 1:  # before that an entry does not say how its user rates
-            self._value(entries, out)
-        entering = np.flatnonzero(((entries.flags & ENTERS) != 0) & (entries.target != 0))
+            self._rank(slate, target, place, out)
+        judged, entering = _roles(entries.kind, entries.flags, entries.target)
+        if len(judged) and entries.version > 1:  # before that an entry does not say how its user rates
+            self._value(entries, judged, out)
         if len(entering):
-            self._enter(entries, entering, out)
+            self._enter(entries, entering, checks[entering], out)
         return out
 
     def refill(self, entries: Entries, origin: Origin) -> None:
         """Let entries pass through the join window only: what a restart does before it goes on learning."""
-        self._join(self._apart(entries), origin)
+        self._join(self._apart(entries)[0], origin)
 
     def take_over(self, other: Learner) -> None:
         """Go on with another's join window and stream time, which follow from the log alone: weights went back."""
         self.window, self.stream_time = other.window, other.stream_time
 
-    def _apart(self, entries: Entries) -> Entries:
-        """Leave out entries whose id is not that of the row their hash names: the item agent dead-letters them."""
-        named, collided = dict[int, int](), list[int]()
+    def _apart(self, entries: Entries) -> tuple[Entries, U16]:
+        """Leave out entries whose id is not that of the row their hash names: the item agent dead-letters them.
+
+        Returns the others and the checks of their ids, u16[n], 0 where there is none.
+        """
+        named, collided, checks = dict[int, int](), list[int](), list[int]()
         rows = self.rows.find(entries.target).tolist()
         for i, (key, row, text) in enumerate(zip(entries.target.tolist(), rows, entries.ids, strict=True)):
-            if text:
-                check = _check(text)
+            check = _check(text) if text else 0
+            checks.append(check)
+            if check:
                 owner = (int(self._checks[row]) if row >= 0 else 0) or named.setdefault(key, check)
                 if owner != check:
                     collided.append(i)
         if not collided:
-            return entries
+            return entries, np.array(checks, np.uint16)
         self.collided += len(collided)
         keep = np.ones(len(entries), np.bool_)
         keep[collided] = False
-        return entries.take(keep)
+        return entries.take(keep), np.array(checks, np.uint16)[keep]
 
     def excess(self, most: int) -> int:
         """Return how many learnt items are to leave where at most `most` may stay: a few more than are above it."""
@@ -202,9 +216,9 @@ class Learner:
         self._touched[changed] = False
         return changed
 
-    def _join(self, entries: Entries, origin: Origin) -> tuple[list[tuple[Held, int, bool]], list[Held]]:
-        """Return (slate, chosen, whether that is the slate's first outcome), and the slates that left without one."""
-        pairs, left = [], []
+    def _join(self, entries: Entries, origin: Origin) -> tuple[list[Joined], list[Held]]:
+        """Return outcomes that joined a slate, and the slates that left without one."""
+        pairs, left = list[Joined](), list[Held]()
         rows = zip(entries.kind.tolist(), entries.flags.tolist(), entries.time.tolist(), strict=True)
         for i, (kind, flags, time) in enumerate(rows):
             self.stream_time = max(self.stream_time, time)
@@ -215,12 +229,12 @@ class Learner:
                     self.unreadable += 1
             elif kind == VIEW or flags & ENTERS:
                 target = int(entries.target[i])
-                held = self._find(entries.slates[i].tolist(), target)
+                held, place = self._find(entries.slates[i].tolist(), entries.target[i : i + 1])
                 if held is not None and kind == VIEW:
                     held.viewed.add(target)
                 elif held is not None:
                     held.chosen.add(target)
-                    pairs.append((held, target, not held.settled))
+                    pairs.append(Joined(held, target, place, not held.settled))
                     held.settled = True
         return pairs, left
 
@@ -239,12 +253,13 @@ class Learner:
                 left.append(gone)
         return left
 
-    def _find(self, slates: list[int], target: int) -> Held | None:
+    def _find(self, slates: list[int], target: U64) -> tuple[Held | None, int]:
+        """Return the first of these slates whose candidates hold the target u64[1], and its place among them."""
         for slate in slates:
             held = self.window.get(slate) if slate else None
-            if held is not None and (held.shown.candidates == target).any():
-                return held
-        return None
+            if held is not None and len(found := _places(held.shown.candidates, target)):
+                return held, int(found[0])
+        return None, -1
 
     def _calibrate(self, held: Held, target: int | None, first: bool, out: Learned) -> None:
         """Learn how probable what was shown was, at a slate's first outcome or as it leaves; correct it at a later one.
@@ -255,10 +270,10 @@ class Learner:
         if float(mix64(np.uint64(shown.slate))) >= CALIBRATED * 2.0**64 or not len(shown.items):
             return
         model, items = self.model, shown.items if first else np.array([target], np.uint64)
-        is_item = shown.candidates[:, None] == items
-        if not is_item.any(0).all():
+        places = _places(shown.candidates, items)
+        if not len(places):
             return
-        scores = model.ranker.score(shown.features[is_item.argmax(0)].astype(np.float64))
+        scores = model.ranker.score(shown.features[places].astype(np.float64))
         if first:
             chosen = (items == (target or 0)).astype(np.float64)
             before = model.calibration.learn(scores, chosen)
@@ -266,10 +281,9 @@ class Learner:
         elif (shown.items == items).any():
             model.calibration.correct(float(scores[0]))
 
-    def _rank(self, held: Held, target: int, out: Learned) -> None:
+    def _rank(self, held: Held, target: int, place: int, out: Learned) -> None:
         """One listwise step; without logged candidates, against what was viewed or stands above one below a choice."""
         x = held.shown.features
-        place = int(np.flatnonzero(held.shown.candidates == target)[0])
         if not held.listed:
             items = held.shown.items.tolist()
             reach = 1 + max(i for i, item in enumerate(items) if item in held.chosen)
@@ -287,34 +301,31 @@ class Learner:
                 out.alarms += 1
                 ranker.loosen(LOOSER)
 
-    def _value(self, entries: Entries, out: Learned) -> None:
-        """Learn what the outcomes were worth, each after it was predicted."""
-        judged = np.flatnonzero((entries.kind <= ACTION) & (entries.target != 0))
-        if not len(judged):
-            return
+    def _value(self, entries: Entries, judged: I64, out: Learned) -> None:
+        """Learn what the outcomes at `judged` i64[k] were worth, each after it was predicted."""
         targets = self.rows.add(entries.target[judged])
         self.grow()
         said = self.model.values.learn(entries, judged, targets, self.model.factors.vectors)
         _mark(targets, self._touched, self.rows.held)
-        rated = entries.kind[judged] == RATING
-        if rated.any():
-            out.rated += int(rated.sum())
-            error = float(((said[rated, 0] - entries.value[judged[rated]]) ** 2).sum())
+        errors = _errors(judged, entries.kind, entries.value, said)
+        if len(errors):
+            error = float(errors.sum())
+            out.rated += len(errors)
             out.rating_error += error
-            out.alarms += self.watches["values"].learn(error, int(rated.sum()))
+            out.alarms += self.watches["values"].learn(error, len(errors))
 
-    def _enter(self, entries: Entries, entering: I64, out: Learned) -> None:
+    def _enter(self, entries: Entries, entering: I64, checks: U16, out: Learned) -> None:
+        """Count the entries at `entering` i64[k] and take a step on them; checks u16[k] of their ids."""
         k = len(entering)
         start, keys = _keys(entries.target, entries.history_start, entries.history_item, entering)
         rows = self.rows.add(keys)
         targets, history = rows[:k], np.empty((k, POSITIONS), np.int64)
         self.grow()
-        checks = np.array([_check(entries.ids[i]) if entries.ids[i] else 0 for i in entering.tolist()], np.uint16)
         popularity = self.popularity
         _place(start, rows, history, checks, self._checks)
         _count(
-            targets, entries.flags[entering], entries.time[entering], popularity.weights, popularity.cells,
-            popularity.totals, popularity.total_cells, popularity.last, self.model.mixture, float(self.rows.known),
+            targets, entering, entries.flags, entries.time, popularity.weights, popularity.cells, popularity.totals,
+            popularity.total_cells, popularity.last, self.model.mixture, float(self.rows.known),
         )  # fmt: skip
         loss, changed = self.encoder.step(targets, history, self.step_seed(entries))
         _mark(changed, self._touched, self.rows.held)
@@ -326,7 +337,7 @@ class Learner:
     def step_seed(self, entries: Entries) -> int:
         """Return the negatives' seed of a micro-batch, from its first source position and the learner's seed."""
         first = (int(entries.partition[0]) << 48) ^ (int(entries.offset[0]) << 8) ^ int(entries.index[0])
-        return int(mix64(np.uint64(mix64(np.uint64(self.seed)) ^ np.uint64(first & 0xFFFFFFFFFFFFFFFF))))
+        return int(_seed(np.uint64(self.seed), np.uint64(first & 0xFFFFFFFFFFFFFFFF)))
 
     def pack_state(self, rows: I64) -> list[bytes]:
         """Return these rows with optimiser state and counts, 368 B each, 400 B where an item has statistics.
@@ -407,6 +418,54 @@ def _check(text: str) -> int:
 
 
 @njit(cache=True)
+def _seed(seed, first):  # type: ignore[no-untyped-def]
+    return mix64(mix64(seed) ^ first)
+
+
+@njit(cache=True)
+def _roles(kind, flags, target):  # type: ignore[no-untyped-def]
+    """Return the places of entries that are outcomes, i64[j], and of those that enter a sequence, i64[k]."""
+    judged, entering = np.empty(len(kind), np.int64), np.empty(len(kind), np.int64)
+    j, k = 0, 0
+    for i in range(len(kind)):
+        if target[i] == 0:
+            continue
+        if kind[i] <= ACTION:
+            judged[j] = i
+            j += 1
+        if flags[i] & ENTERS != 0:
+            entering[k] = i
+            k += 1
+    return judged[:j], entering[:k]
+
+
+@njit(cache=True)
+def _errors(judged, kind, value, said):  # type: ignore[no-untyped-def]
+    """Return the squared errors f64[r] of the ratings among outcomes at `judged` i64[k], of which `said` f64[k, 5]."""
+    out = np.empty(len(judged))
+    r = 0
+    for i in range(len(judged)):
+        if kind[judged[i]] == RATING:
+            out[r] = (said[i, 0] - value[judged[i]]) ** 2
+            r += 1
+    return out[:r]
+
+
+@njit(cache=True)
+def _places(candidates, items):  # type: ignore[no-untyped-def]
+    """Return where each of items u64[k] first stands among candidates u64[m], i64[k]; none where one does not."""
+    out = np.empty(len(items), np.int64)
+    for i in range(len(items)):
+        at = 0
+        while at < len(candidates) and candidates[at] != items[i]:
+            at += 1
+        if at == len(candidates):
+            return out[:0]
+        out[i] = at
+    return out
+
+
+@njit(cache=True)
 def _keys(target, history_start, history_item, entering):  # type: ignore[no-untyped-def]
     """Return (start i64[k + 1], keys): the k targets, then the newest 20 of each entry's history, from start[i] on."""
     k = len(entering)
@@ -442,12 +501,12 @@ def _mark(rows, touched, held):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _count(targets, flags, time, weights, cells, totals, total_cells, latest, mixture, known):  # type: ignore[no-untyped-def]
+def _count(targets, entering, flags, time, weights, cells, totals, total_cells, latest, mixture, known):  # type: ignore[no-untyped-def]  # fmt: skip
     """Entry by entry: one EM step of the mixture on the popularities before it, then count it."""
     cells_now, scale, p = np.empty(8, np.int32), np.empty(8), np.empty(8)
     for i in range(len(targets)):
-        row = targets[i]
-        decayed = at_time(max(time[i], latest[0]), totals, total_cells, cells_now, scale)
+        row, e = targets[i], entering[i]
+        decayed = at_time(max(time[e], latest[0]), totals, total_cells, cells_now, scale)
         if weights[row, 7] > 0.0:
             popularities(weights[row], cells[row], cells_now, scale, decayed, known, p)
             total = 0.0
@@ -455,7 +514,7 @@ def _count(targets, flags, time, weights, cells, totals, total_cells, latest, mi
                 total += mixture[h] * p[h]
             for h in range(8):
                 mixture[h] += 0.002 * (mixture[h] * p[h] / total - mixture[h])
-        if flags[i] & 2:
-            add(weights[row], cells[row], time[i])
-            add(totals, total_cells, time[i])
-            latest[0] = max(latest[0], time[i])
+        if flags[e] & 2:
+            add(weights[row], cells[row], time[e])
+            add(totals, total_cells, time[e])
+            latest[0] = max(latest[0], time[e])

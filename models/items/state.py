@@ -304,7 +304,7 @@ class Items:
         """Set the catalogue fields of the item with hash `key` and id `text`, and return its row."""
         row = int(self.rows.add(np.array([key], np.uint64))[0])
         self.grow()
-        self.rows.hold(np.array([row]), CATALOGUE)
+        self.rows.held[row] |= CATALOGUE
         old = self.catalogue.get(row)
         for name in old.categories if old is not None else ():
             self.by_category[name].discard(row)

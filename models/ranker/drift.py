@@ -31,10 +31,9 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.inputs: list[float] = []
         self.alarms = self.count = 0
         self.sum = 0.0
-        self._adwin: Any = None
+        self._reset()
 
     def learn(self, loss: float, count: int = 1) -> bool:
         """Take the summed loss of `count` examples; returns whether the loss has risen for good."""
@@ -52,13 +51,12 @@ class Watch:
         return risen
 
     def _reset(self) -> None:
-        self.inputs, self._adwin = [], None
+        from river.drift import ADWIN  # takes seconds the first time: as a watch is made, not as it learns
+
+        self.inputs: list[float] = []
+        self._adwin: Any = ADWIN(delta=SURE, clock=1)
 
     def _add(self, mean: float) -> bool:
-        if self._adwin is None:
-            from river.drift import ADWIN
-
-            self._adwin = ADWIN(delta=SURE, clock=1)
         before = self._adwin.estimation
         self._adwin.update(mean)
         return bool(self._adwin.drift_detected) and self._adwin.estimation > before

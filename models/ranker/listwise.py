@@ -231,8 +231,10 @@ class Ranker:
         if len(x) < 2:
             return 0.0
         at = ("linear", "network").index(self.scorer)
-        with np.errstate(over="ignore"):  # what is beyond a half becomes infinite, and the list teaches nothing
-            halves = np.ascontiguousarray(x, np.float16).view(np.uint16)
+        if x.dtype != np.float16:
+            with np.errstate(over="ignore"):  # what is beyond a half becomes infinite, and the list teaches nothing
+                x = x.astype(np.float16)
+        halves = np.ascontiguousarray(x).view(np.uint16)
         losses = _learn(halves, label, self._numbers, self._moments, self._flat, self._squares, slowest)
         linear, network = self.latest = losses
         if not linear < WORST:

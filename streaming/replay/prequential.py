@@ -79,7 +79,8 @@ class Replay:
         self, *, seed: int = 1, exclusion: Exclusion = "none", judging: bool = False,
         catalogue: Catalogue | None = None,
     ) -> None:  # fmt: skip
-        self.catalogue = catalogue or Catalogue()
+        self._undescribed = dict((catalogue or Catalogue()).items)
+        """Catalogue entries of items that no event was folded of yet."""
         self.rows = Rows()
         self.items = Items(rows=self.rows)
         self.learner = Learner(rows=self.rows, seed=seed)
@@ -203,13 +204,13 @@ class Replay:
 
     def _describe(self, item_id: str) -> None:
         """Set the catalogue entry of an item whose first event was folded."""
-        item = self.catalogue.items.get(item_id)
+        item = self._undescribed.get(item_id)
         if item is None:
             return
         key = item_key(item)
-        row = int(self.rows.find(np.array([key], np.uint64))[0])
-        if row >= 0 and row not in self.items.catalogue:
+        if self.rows.find(np.array([key], np.uint64))[0] >= 0:
             self.items.set_item(key, item_id, catalogue_item(item))
+            del self._undescribed[item_id]
 
 
 def run(
