@@ -122,9 +122,9 @@ class Shown:
             )
         )
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Shown:
-        """Read `to_bytes`; raises CodecError on anything else."""
+    @staticmethod
+    def check(data: bytes) -> tuple[int, int, int, int, int, str, str]:
+        """Return (items, candidates, width, slate, step, surface, policy) of `to_bytes`; raises as `from_bytes`."""
         if len(data) < _SHOWN_HEADER.size or data[0] != _SHOWN_MAGIC or data[1] != _SHOWN_VERSION:
             raise CodecError(
                 f"impression payload: expected version {_SHOWN_VERSION}, got {data[:2].hex() or 'nothing'}"
@@ -133,6 +133,17 @@ class Shown:
         expected = _SHOWN_HEADER.size + 13 * k + 8 * m + 2 * m * width + surface_length + policy_length
         if len(data) != expected:
             raise CodecError(f"impression payload: expected {expected} bytes, got {len(data)}")
+        at = expected - surface_length - policy_length
+        try:
+            surface, policy = data[at : at + surface_length].decode(), data[at + surface_length :].decode()
+        except UnicodeDecodeError as error:
+            raise CodecError(f"impression payload: surface or policy is not utf-8 ({error})") from error
+        return k, m, width, slate, step, surface, policy
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Shown:
+        """Read `to_bytes`; raises CodecError on anything else."""
+        k, m, width, slate, step, surface, policy = cls.check(data)
         at = _SHOWN_HEADER.size
         items = np.frombuffer(data, "<u8", k, at)
         at += 8 * k
@@ -143,11 +154,6 @@ class Shown:
         features = np.frombuffer(data, "<f2", m * width, at).reshape(m, width)
         at += 2 * m * width
         channels = np.frombuffer(data, "u1", k, at)
-        at += k
-        try:
-            surface, policy = data[at : at + surface_length].decode(), data[at + surface_length :].decode()
-        except UnicodeDecodeError as error:
-            raise CodecError(f"impression payload: surface or policy is not utf-8 ({error})") from error
         return cls(slate, step, items, propensities, channels, candidates, features, surface, policy)
 
 

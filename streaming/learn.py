@@ -142,7 +142,7 @@ def decode_part(topic: str, partition: int, records: Sequence[tuple[int, int, by
                 expected = f"at most {MAX_FUTURE_S:.0f} s after its record's time, {record_ms / 1000}"
                 raise EventError("$.ts", expected, str(event.ts))
             if isinstance(event, Impression):
-                Shown.from_bytes(event.payload)
+                Shown.check(event.payload)
         except (EventError, CodecError) as error:
             part.dead.append(Dead(topic, partition, offset, str(error), value))
             continue
@@ -333,29 +333,34 @@ class _Batch:
 
     def add(self, part: Part, kept: Sequence[int] | None, users: Sequence[int]) -> None:
         """Append the events of a part, all or those at `kept`; `users` are the rows of all its events' users."""
-        hashes, weigh, shown, append = self._hashes, self._weights.of, self._shown, self._rows.append
-        for i in range(len(part.events)) if kept is None else kept:
-            event, record_ms = part.events[i], part.times[i]
+        events, times, offsets, rows = part.events, part.times, part.offsets, users
+        if kept is not None:
+            events, times, offsets, rows = ([column[i] for i in kept] for column in (events, times, offsets, users))  # type: ignore[assignment]
+        hashes, weigh, shown, partition = self._hashes, self._weights.of, self._shown, part.partition
+        for user, event, offset, record_ms in zip(rows, events, offsets, times, strict=True):
             kind, weight, value = _WEIGHTLESS.get(type(event)) or weigh(event)  # type: ignore[arg-type]
-            time, first, item = min(event.ts, record_ms / 1000), len(shown), 0
+            time, recorded = event.ts, record_ms / 1000
+            if time > recorded or kind == ERASE:
+                # An erasure ends what was known when it was recorded, also where the clock of its sender was behind.
+                time = recorded
+            item = first = size = 0
             if kind < IMPRESSION:
                 item = hashes[event.item_id]  # type: ignore[union-attr]
             elif kind == IMPRESSION:
-                shown += [hashes[name] for name in event.shown[:SLATE_ITEMS]]  # type: ignore[union-attr]
+                first, size = len(shown), min(len(event.shown), SLATE_ITEMS)  # type: ignore[union-attr]
+                shown += [hashes[name] for name in event.shown[:size]]  # type: ignore[union-attr]
             else:
-                self._identities.append(len(self.events))
-                if kind == ERASE:  # ends what was known when it was recorded, also where its sender's clock was behind
-                    time = record_ms / 1000
-                elif kind == MERGE:
-                    self._moved[len(self.events)] = event.moved()  # type: ignore[union-attr]
-            append((
-                users[i], part.offsets[i], item, 0 if event.event_id is None else item_hash(event.event_id),
-                item_hash(event.slate_id) if event.slate_id else 0, time, weight, value, first, len(shown) - first,
-                record_ms // 1000 & 0xFFFF_FFFF, part.partition, kind,
+                self._identities.append(len(self._rows))
+                if kind == MERGE:
+                    self._moved[len(self._rows)] = event.moved()  # type: ignore[union-attr]
+            self._rows.append((
+                user, offset, item, item_hash(event.event_id) if event.event_id is not None else 0,
+                item_hash(event.slate_id) if event.slate_id else 0, time, weight, value, first, size,
+                record_ms // 1000 & 0xFFFF_FFFF, partition, kind,
             ))  # fmt: skip
-            self.events.append(event)
-            self.ts.append(event.ts)
-            self.offsets.append(part.offsets[i])
+        self.events += events
+        self.offsets += offsets
+        self.ts += [event.ts for event in events]
 
     def columns(self) -> Events:
         """Return the events as the fold takes them."""
