@@ -37,7 +37,7 @@ I64 = NDArray[np.int64]
 
 @njit(cache=True)
 def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, target_at):  # type: ignore[no-untyped-def]
-    """Collect the distinct rows of a step; returns how many. `local` i32[capacity] is -1 everywhere and is left so.
+    """Collect the distinct rows of a step; returns how many. `local` i32[capacity], -1 before, becomes their places.
 
     counts f32: how often each row stands as a negative (drawn copies, and once per target of the batch).
     """
@@ -52,7 +52,9 @@ def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, t
         counts[local[row]] += 1.0
         target_at[i] = local[row]
     for k in range(draws if filled > 0 else 0):
-        row = ring[np.int64(mix64(np.uint64(seed) + np.uint64(k)) % np.uint64(filled))]
+        drawn = mix64(np.uint64(seed) + np.uint64(k))
+        # A full ring's length is a power of two, and a mask is many times faster than a division.
+        row = ring[np.int64(drawn & np.uint64(RECENT - 1) if filled == RECENT else drawn % np.uint64(filled))]
         if local[row] < 0:
             local[row] = n
             rows[n] = row
@@ -67,8 +69,6 @@ def _columns(targets, history, ring, filled, draws, seed, local, rows, counts, t
                 rows[n] = row
                 counts[n] = 0.0
                 n += 1
-    for i in range(n):
-        local[rows[i]] = -1
     return n
 
 
@@ -176,10 +176,11 @@ def _few(rows, counts, target_at, history, local, vectors, bias, positions, star
 
 @njit(cache=True)
 def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, positions, start, squares, bias_squares, position_squares, start_square):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
-    """Add the histories' part to gradient f32[n, d], then take the Adagrad steps of rows, biases, positions, start."""
+    """Add the histories' part to gradient f32[n, d], then take the Adagrad steps of rows, biases, positions, start.
+
+    local i32[capacity] holds the places of rows, as `_columns` left it, and is -1 everywhere afterwards.
+    """
     n, d = gradient.shape
-    for c in range(n):
-        local[rows[c]] = c
     d_positions, d_start = np.zeros(21, np.float32), np.zeros(d, np.float32)
     d_share = np.zeros(21, np.float32)
     for i in range(len(history)):
@@ -202,27 +203,34 @@ def _backward(rows, g, gradient, history, share, d_user, local, vectors, bias, p
             c = local[history[i, 0]]
             for j in range(d):
                 gradient[c, j] += d_user[i, d + j]
+    rates = np.empty(n, np.float32)  # all before the first is used: else each vector waits for its own root
     for c in range(n):
         row = rows[c]
         local[row] = -1
-        _adagrad_row(vectors[row], gradient[c], squares, row)
+        rates[c] = _rate(gradient[c], squares, row)
         d_bias = np.float32(0.0)
         for i in range(len(g)):
             d_bias += g[i, c]
         if d_bias != 0.0:
             bias_squares[row] += d_bias * d_bias
             bias[row] -= SMALL_RATE * d_bias / math.sqrt(bias_squares[row])
-    _adagrad_row(start, d_start, start_square, 0)
+    for c in range(n):
+        _descend(vectors[rows[c]], gradient[c], rates[c])
+    _descend(start, d_start, _rate(d_start, start_square, 0))
     for p in range(21):
         position_squares[p] += d_positions[p] * d_positions[p]
         positions[p] -= SMALL_RATE * d_positions[p] / math.sqrt(position_squares[p])
 
 
 @njit(cache=True)
-def _adagrad_row(vector, gradient, squares, at):  # type: ignore[no-untyped-def]
-    """Row-wise Adagrad: one accumulator per row, of the mean squared gradient; rate .2."""
+def _rate(gradient, squares, at):  # type: ignore[no-untyped-def]
+    """Return the rate of row-wise Adagrad: .2 over the root of a row's accumulator of the mean squared gradient."""
     squares[at] += dot(gradient, gradient) / np.float32(len(gradient))
-    rate = np.float32(RATE / math.sqrt(squares[at]))
+    return np.float32(RATE / math.sqrt(squares[at]))
+
+
+@njit(cache=True)
+def _descend(vector, gradient, rate):  # type: ignore[no-untyped-def]
     for j in range(len(gradient)):
         vector[j] -= rate * gradient[j]
 
@@ -295,7 +303,7 @@ class Encoder:
                 self.start_square, self.gradient,
             )  # fmt: skip
         else:
-            loss = self._descend(rows, counts, target_at, history)
+            loss = self._many(rows, counts, target_at, history)
         self.pending += b
         if self.pending >= ADAM_EVENTS:
             self._adam()
@@ -303,7 +311,7 @@ class Encoder:
         self.pushed += b
         return float(loss), rows
 
-    def _descend(self, rows: I64, counts: F32, target_at: I64, history: I64) -> float:
+    def _many(self, rows: I64, counts: F32, target_at: I64, history: I64) -> float:
         """Take the step where a matrix library pays."""
         import torch
 
