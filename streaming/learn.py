@@ -32,6 +32,7 @@ from models.profile import (
     Events,
     Moved,
     Profiles,
+    Room,
     fold,
 )
 from streaming.events import (
@@ -181,13 +182,14 @@ class UserFold:
     `embed`, where given, computes the cached embeddings that are written beside each changed profile; `codec` is the
     version of the profiles written, and from 3 on version 2 of `examples` is; `keep` is how many users a partition
     keeps, 0: all; without `derive` there are no entries for `examples` (a rebuild finds them there).
+    Folds one micro-batch at a time: the memory in which profiles are unpacked is kept for the next.
     """
 
     def __init__(
         self, weights: Weights, *, embed: Embed | None = None, codec: int = VERSION, keep: int = 0, derive: bool = True
     ) -> None:
         self._weights, self._embed, self._codec, self._keep, self._derive = weights, embed, codec, keep, derive
-        self._hashes = _Hashes()
+        self._hashes, self._room = _Hashes(), Room()
 
     @classmethod
     def of(cls, settings: Settings, *, embed: Embed | None = None, derive: bool = True) -> UserFold:
@@ -231,7 +233,7 @@ class UserFold:
             packed += read.profiles
             seen += read.seen
             batch.add(part, kept, [rows[user] for user in subjects])
-        self._finish(outcome, batch, Profiles(packed, seen, codec=self._codec), owners, covered)
+        self._finish(outcome, batch, Profiles(packed, seen, codec=self._codec, room=self._room), owners, covered)
         return outcome
 
     def _finish(
@@ -257,20 +259,17 @@ class UserFold:
             outcome.records = _records(entries)
 
     def _pack(self, profiles: Profiles, owners: Sequence[tuple[UserWrite, str]], offsets: Sequence[int]) -> None:
-        changed_by, acted = profiles.rows["changed_by"].tolist(), profiles.rows["seen_changed"].tolist()
-        changed = [row for row, by in enumerate(changed_by) if by >= 0]
-        for row, value in zip(changed, profiles.pack(changed), strict=True):
+        changes = profiles.changes()
+        for row, changed_by, _, profile, seen in changes:
             write, user = owners[row]
-            write.profiles[user], write.active[user] = value, offsets[changed_by[row]]
-        seen = [row for row in changed if acted[row]]
-        for row, value in zip(seen, profiles.pack_seen(seen), strict=True):
-            write, user = owners[row]
-            write.seen[user] = value
-        if self._embed is not None and changed:
-            known = profiles.rows["exists"].tolist()
-            for row, value in zip(changed, self._embed(profiles, np.array(changed)), strict=True):
+            write.profiles[user], write.active[user] = profile, offsets[changed_by]
+            if seen is not None:
+                write.seen[user] = seen
+        if self._embed is not None and changes:
+            embeddings = self._embed(profiles, np.array([row for row, *_ in changes]))
+            for (row, _, exists, *_), embedding in zip(changes, embeddings, strict=True):
                 write, user = owners[row]
-                write.embeddings[user] = value if known[row] else b""
+                write.embeddings[user] = embedding if exists else b""
 
 
 def _unfolded(part: Part, applied: int, marks: dict[str, int]) -> tuple[list[int] | None, int]:

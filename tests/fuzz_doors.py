@@ -303,7 +303,8 @@ def take_profile(given: tuple[bytes | None, bytes | None]) -> None:
         unpack(write.profiles.get("ann"), write.seen.get("ann", given[1]))
     profiles = Profiles([given[0]], [given[1]])
     profiles.pack(np.zeros(1, np.int64))
-    profiles.pack_seen(np.zeros(1, np.int64))
+    profiles.rows["changed_by"], profiles.rows["seen_changed"] = 0, True
+    profiles.changes()
     history = history_of(UserRead(0, {}, [given[0]], [given[1]], ""))
     recommend(live().items, live().model, history, Ask(slate_id="s", now=T0))
 

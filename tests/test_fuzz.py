@@ -102,7 +102,8 @@ for number in range(6000):
         else:
             pair = (mutated(r, profiles), r.choice(seen)) if number % 3 == 1 else (r.choice(profiles), mutated(r, seen))
             made = Profiles([pair[0], None, profiles[0]], [pair[1], seen[0], None])
-            made.pack(one), made.pack_seen(one)
+            made.rows["changed_by"], made.rows["seen_changed"] = 0, True
+            made.pack(one), made.changes()
     except CodecError:
         pass
     tried += 1

@@ -33,5 +33,6 @@ from models.profile.packed import FutureCodecError as FutureCodecError
 from models.profile.packed import Moved as Moved
 from models.profile.packed import Profiles as Profiles
 from models.profile.packed import ProfileView as ProfileView
+from models.profile.packed import Room as Room
 from models.profile.packed import canonical as canonical
 from models.profile.packed import unpack as unpack

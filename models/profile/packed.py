@@ -79,6 +79,8 @@ EVENT: Final = np.dtype(
 """An event of a micro-batch: `user` is the row in Profiles; hashes are 0 where there is none; `time` is the effective
 one, s, record_s the record's in whole seconds; value as in models.examples; of an impression the place of its items in
 `Events.shown`."""
+ROOM: Final = 256
+"""Users whose records a fold keeps the memory of, 5 MB: numpy takes its time over records of so many fields."""
 _SIZE: Final = PROFILE.itemsize
 _SEEN: Final[int] = PROFILE.fields["seen"][1]  # type: ignore[index]
 _SIZES: Final[int] = PROFILE.fields["slate_size"][1]  # type: ignore[index]
@@ -133,19 +135,29 @@ class ProfileView:
     tally: F32
 
 
+class Room:
+    """Memory for the records of u users."""
+
+    def __init__(self, u: int = ROOM) -> None:
+        self.rows: NDArray[Any] = np.empty(u, PROFILE)
+        self.bytes = self.rows.view(np.uint8)
+
+
 class Profiles:
     """The profiles of one micro-batch's users, unpacked into `rows`, records of PROFILE[u]; their columns by name.
 
     Made from the packed bytes the store gave (None for an unknown user), folded in place, packed again.
-    `codec` is the version that `pack` writes. Raises CodecError where bytes are foreign or truncated, FutureCodecError
-    where a later version wrote them.
+    `codec` is the version that `pack` writes; `room` is where they may lie, None: in memory of their own. Raises
+    CodecError where bytes are foreign or truncated, FutureCodecError where a later version wrote them.
     """
 
-    def __init__(self, packed: list[bytes | None], seen: list[bytes | None], *, codec: int = VERSION) -> None:
-        stored = packed + seen
+    def __init__(
+        self, packed: list[bytes | None], seen: list[bytes | None], *, codec: int = VERSION, room: Room | None = None
+    ) -> None:
+        stored, u = packed + seen, len(packed)
         self.codec = codec
-        self.rows: NDArray[Any] = np.empty(len(packed), PROFILE)
-        self._bytes = self.rows.view(np.uint8)
+        room = room if room is not None and u <= ROOM else Room(u)
+        self.rows, self._bytes = room.rows[:u], room.bytes
         buffer = np.frombuffer(b"".join([value for value in stored if value]), np.uint8)
         lengths = np.array([-1 if value is None else len(value) for value in stored], np.int64)
         bad = int(_unpack(buffer, lengths, self.rows, self._bytes))
@@ -169,10 +181,18 @@ class Profiles:
         data = buffer[: cuts[-1]].tobytes()
         return [data[a:b] for a, b in pairwise(cuts)]
 
-    def pack_seen(self, rows: Sequence[int] | I64) -> list[bytes]:
-        """Return the packed seen lists of these users."""
-        seen, lengths = self.rows["seen"], self.rows["seen_n"]
-        return [seen[row, : lengths[row]].tobytes() for row in rows]
+    def changes(self) -> list[tuple[int, int, bool, bytes, bytes | None]]:
+        """Return of each profile that changed its row, what changed it last, whether it is one, its bytes.
+
+        And those of its seen list, None where that did not change.
+        """
+        u = len(self.rows)
+        buffer, found = np.empty(u * (_LARGEST + 4 * SEEN), np.uint8), np.empty((u, 6), np.int64)
+        k = _pack_changed(self.rows, self._bytes, self.codec, buffer, found)
+        return [
+            (row, by, exists > 0, buffer[a:b].tobytes(), buffer[b:c].tobytes() if c >= b else None)
+            for row, by, exists, a, b, c in found[:k].tolist()
+        ]
 
     def fold(self, batch: Events, out: Folded, first: int, last: int) -> None:
         """Fold events first:last of a micro-batch, none about identity (models/identity.py), in order and in place."""
@@ -260,16 +280,10 @@ class Folded:
         made, counts = self.made, self.counts.tolist()
         n, slots, away = counts[ENTRIES], counts[SLOTS], counts[AWAYS]
         made.ranges, made.ids, made.extra, made.version = ranges, ids, extra, version
-        made.partition, made.offset, made.index = made.partition[:n], made.offset[:n], made.index[:n]
-        made.time, made.kind, made.flags, made.target = made.time[:n], made.kind[:n], made.flags[:n], made.target[:n]
-        made.weight, made.value, made.slates, made.tally = (
-            made.weight[:n], made.value[:n], made.slates[:n], made.tally[:n],
-        )  # fmt: skip
-        made.history_start, made.history_item = made.history_start[: n + 1], made.history_item[:slots]
-        made.history_time, made.history_kind = made.history_time[:slots], made.history_kind[:slots]
+        made.history_item, made.history_time = made.history_item[:slots], made.history_time[:slots]
+        made.history_kind, made.averse = made.history_kind[:slots], made.averse[:away]
         made.history_weight = self.history_weight[:slots].astype(np.float16)
-        made.averse_start, made.averse = made.averse_start[: n + 1], made.averse[:away]
-        return made
+        return made if n == len(made) else made.slice(0, n, ranges)
 
 
 def unpack(profile: bytes | None, seen: bytes | None) -> ProfileView:
@@ -364,29 +378,54 @@ def _unpack(buffer, lengths, profiles, raw):  # type: ignore[no-untyped-def]  # 
 
 
 @njit(cache=True)
+def _pack_one(profiles, raw, u, codec, buffer, at):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Write record u as a packed profile at a place of the buffer, the inverse of _unpack; return where it ends."""
+    p, row = profiles[u], u * _SIZE
+    version = max(codec, 2) if p.ended > 0.0 else codec
+    header = 56 if version == 1 else 64 if version == 2 else 96
+    kept = p.averse_n if version >= 3 else 0
+    buffer[at], buffer[at + 1], buffer[at + 2], buffer[at + 3] = version, p.n, p.s, kept
+    buffer[at + 4], buffer[at + 5], buffer[at + 6], buffer[at + 7] = p.d % 256, p.d // 256, 0, 0
+    buffer[at + 8 : at + header] = raw[row : row + header - 8]
+    at += header
+    counts = (p.n, p.d, p.s, kept)
+    for column in range(len(_COLUMNS)):
+        to, width, of = _COLUMNS[column]
+        size = width * counts[of]
+        buffer[at : at + size] = raw[row + to : row + to + size]
+        at += size
+    buffer[at : at + p.s] = raw[row + _SIZES : row + _SIZES + p.s]
+    at += p.s
+    for j in range(p.s):
+        shown = 4 * np.int64(p.slate_size[j])
+        to = row + _SHOWN + 96 * j
+        buffer[at : at + shown] = raw[to : to + shown]
+        at += shown
+    return at
+
+
+@njit(cache=True)
 def _pack(profiles, raw, rows, codec, buffer, start):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Write records as packed profiles, the inverse of _unpack; start i64[k + 1]: where each begins in the buffer."""
-    at = 0
+    """Write records as packed profiles; start i64[k + 1]: where each begins in the buffer."""
     for i in range(len(rows)):
-        p, row = profiles[rows[i]], rows[i] * _SIZE
-        version = max(codec, 2) if p.ended > 0.0 else codec
-        header = 56 if version == 1 else 64 if version == 2 else 96
-        kept = p.averse_n if version >= 3 else 0
-        buffer[at], buffer[at + 1], buffer[at + 2], buffer[at + 3] = version, p.n, p.s, kept
-        buffer[at + 4], buffer[at + 5], buffer[at + 6], buffer[at + 7] = p.d % 256, p.d // 256, 0, 0
-        buffer[at + 8 : at + header] = raw[row : row + header - 8]
-        at += header
-        counts = (p.n, p.d, p.s, kept)
-        for column in range(len(_COLUMNS)):
-            to, width, of = _COLUMNS[column]
-            size = width * counts[of]
-            buffer[at : at + size] = raw[row + to : row + to + size]
-            at += size
-        buffer[at : at + p.s] = raw[row + _SIZES : row + _SIZES + p.s]
-        at += p.s
-        for j in range(p.s):
-            shown = 4 * np.int64(p.slate_size[j])
-            to = row + _SHOWN + 96 * j
-            buffer[at : at + shown] = raw[to : to + shown]
-            at += shown
-        start[i + 1] = at
+        start[i + 1] = _pack_one(profiles, raw, rows[i], codec, buffer, start[i])
+
+
+@njit(cache=True)
+def _pack_changed(profiles, raw, codec, buffer, found):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Write the records that changed; found i64[k, 6]: row, by what, exists, begin, end, end of the seen list or -1."""
+    k = at = 0
+    for u in range(len(profiles)):
+        p = profiles[u]
+        if p.changed_by < 0:
+            continue
+        end = _pack_one(profiles, raw, u, codec, buffer, at)
+        found[k, 0], found[k, 1], found[k, 2] = u, p.changed_by, p.exists
+        found[k, 3], found[k, 4], found[k, 5] = at, end, -1
+        at = end
+        if p.seen_changed:
+            at, seen = end + 4 * p.seen_n, u * _SIZE + _SEEN
+            buffer[end:at] = raw[seen : seen + at - end]
+            found[k, 5] = at
+        k += 1
+    return k
