@@ -156,13 +156,14 @@ class Items:
         An entry with VOICE adds to popularity, one with ENTERS to the neighbour lists, one with both ENTERS and SHOWN
         to the outcomes; an impression counts each shown item as shown once.
         """
-        entries, shown = self._apart(entries)
+        entries, new, shown = self._apart(entries)
         start, keys = _keys(entries.target, entries.flags, entries.history_start, entries.history_item)
         rows = self.rows.add(keys)
         under = self._under(entries)
         exposed = self.rows.add(np.concatenate(shown)) if shown else _NO_ROWS
         self.grow()
-        self._name(entries, rows)
+        if new:
+            self._name(new)
         popularity = self.popularity
         changed: I64 = _fold(
             entries.target, entries.flags, entries.time, start, rows, *under, exposed, popularity.totals,
@@ -178,6 +179,8 @@ class Items:
         An entry counts for its contexts where it enters a sequence and has a voice; new contexts are taken in as far as
         there is room.
         """
+        if not any(entries.extra):
+            return _NO_ROWS, _NO_ROWS
         places, rows = list[int](), list[int]()
         for i, (extra, flags) in enumerate(zip(entries.extra, entries.flags.tolist(), strict=True)):
             if not extra or flags & COUNTS != COUNTS or not entries.target[i]:
@@ -201,19 +204,18 @@ class Items:
         """Return the rows of the contexts with these names that are known, i64[c]."""
         return np.array([row for key in keys if (row := self._context_rows.get(key)) is not None], np.int64)
 
-    def _apart(self, entries: Entries) -> tuple[Entries, list[U64]]:
-        """Set entries aside that cannot be folded; return the others, and what each of their impressions showed.
+    def _apart(self, entries: Entries) -> tuple[Entries, dict[int, str], list[U64]]:
+        """Set entries aside that cannot be folded: two ids with one hash, and unreadable impressions.
 
-        Those whose id is not that of the row their hash names (two ids with one hash), and unreadable impressions.
+        Returns the others, the ids by hash of rows that have none yet, and what each of the impressions showed.
         """
-        rows, bad, shown = self.rows.find(entries.target).tolist(), list[int](), list[U64]()
-        named: dict[int, str] = {}
-        each = zip(entries.target.tolist(), rows, entries.ids, entries.kind.tolist(), strict=True)
-        for i, (key, row, text, kind) in enumerate(each):
+        rows = self.rows.find(entries.target).tolist()
+        new, bad, shown = dict[int, str](), list[int](), list[U64]()
+        for i, (row, text, kind) in enumerate(zip(rows, entries.ids, entries.kind.tolist(), strict=True)):
             reason, owner = "", text
             if text:
                 has_id = 0 <= row < len(self.ids) and self._named[row]
-                owner = self.ids[row] if has_id else named.setdefault(key, text)
+                owner = self.ids[row] if has_id else new.setdefault(int(entries.target[i]), text)
             if owner != text:
                 reason = f"item id {text!r} has the hash of {owner!r}: rename one"
             elif kind == IMPRESSION:
@@ -226,10 +228,10 @@ class Items:
                 original = entries.extra[i] if kind == IMPRESSION else text.encode()
                 self.aside.append((int(entries.partition[i]), int(entries.offset[i]), reason, original))
         if not bad:
-            return entries, shown
+            return entries, new, shown
         keep = np.ones(len(rows), np.bool_)
         keep[bad] = False
-        return entries.take(keep), shown
+        return entries.take(keep), new, shown
 
     def sweep(self, most: int) -> tuple[U64, I64]:
         """Let the least recently seen items leave where more than `most` have behaviour.
@@ -281,14 +283,11 @@ class Items:
         self.rows.release(rows, BEHAVIOUR)
         return np.flatnonzero(changed)
 
-    def _name(self, entries: Entries, rows: I64) -> None:
-        """Note the ids of targets that have none yet; rows begin with those of the targets, in order."""
-        at = 0
-        for key, text in zip(entries.target.tolist(), entries.ids, strict=True):
-            if key:
-                if text and not self._named[rows[at]]:
-                    self._set_id(int(rows[at]), text)
-                at += 1
+    def _name(self, ids: dict[int, str]) -> None:
+        """Give the rows of these hashes their ids, where an entry that was folded gave them one."""
+        for row, text in zip(self.rows.find(np.array(list(ids), np.uint64)).tolist(), ids.values(), strict=True):
+            if row >= 0:
+                self._set_id(row, text)
 
     def _set_id(self, row: int, text: str) -> None:
         self.ids[row] = text
