@@ -111,7 +111,15 @@ def run_live(log: ReplayLog, *, exclusion: Exclusion, seed: int, tell: Tell = la
     """Replay a log live, then in process; return both figures, their difference and how long live took."""
     with tempfile.TemporaryDirectory(prefix="freshet-replay-") as folder:
         settings = Settings.load(
-            folder, running=False, kafka="", redis="", feature_share=1.0, policy="greedy", seed=seed, port=0
+            folder,
+            running=False,
+            kafka="",
+            redis="",
+            feature_share=1.0,
+            policy="greedy",
+            first_share=0,
+            seed=seed,
+            port=0,
         )
         with Stack(settings) as stack, httpx.Client(base_url=stack.api, timeout=30) as client:
             live, began = LiveReplay(client, exclusion, log.catalogue), time.monotonic()

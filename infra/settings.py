@@ -160,6 +160,48 @@ def _heads(value: object) -> tuple[tuple[str, float], ...]:
     return table
 
 
+POLICIES = ("greedy", "epsilon", "softmax", "ucb", "thompson", "thompson-item")
+"""What `policy` may name: the policies of models/bandit/policy.py."""
+REWARDED = ("click", "dwell", "rating", "action")
+"""What `rewards` may name: the kinds of events that close a loop."""
+
+
+def _surface(value: object) -> str:
+    name = str(value)
+    if not 0 < len(name) <= 64:
+        raise ValueError
+    return name
+
+
+def _policies(value: object) -> tuple[tuple[str, str], ...]:
+    expected = f'one of {", ".join(POLICIES)}, or a JSON list of [surface, policy], such as [["home", "thompson"]]'
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        value = [["*", value]]
+    try:
+        rows: Any = json.loads(value) if isinstance(value, str) else value
+        table = tuple((_surface(surface), str(policy)) for surface, policy in rows)
+    except (ValueError, TypeError):
+        raise ValueError(expected) from None
+    if not table or any(policy not in POLICIES for _, policy in table):
+        raise ValueError(expected)
+    return table
+
+
+def _rewards(value: object) -> tuple[tuple[str, str, float], ...]:
+    expected = 'a JSON list of [surface, kind, weight], such as [["*", "click", 1], ["home", "dwell", 0.5]]'
+    try:
+        rows: Any = json.loads(value) if isinstance(value, str) else value
+        table = tuple((_surface(surface), str(kind), float(weight)) for surface, kind, weight in rows)
+    except (ValueError, TypeError):
+        raise ValueError(expected) from None
+    for _, kind, weight in table:
+        if kind not in REWARDED:
+            raise ValueError(f"{expected}; kind one of {', '.join(REWARDED)}, not {kind!r}")
+        if not 0.0 <= weight <= 100.0:
+            raise ValueError(f"{expected}; a weight from 0 to 100, not {weight}")
+    return table
+
+
 def _setting(default: Any, parse: Callable[[object], Any], text: str, *, secret: bool = False) -> Any:
     return field(default=default, metadata={"help": text, "parse": parse, "secret": secret})
 
@@ -211,10 +253,20 @@ class Settings:
     consumer: str = _setting(
         "chunks", _one_of("chunks", "stock"), "Form of the agents' consumer: chunks (fast) or stock Faust."
     )
-    policy: str = _setting(
-        "epsilon", _one_of("epsilon", "greedy"), "How slates are drawn: epsilon (explores) or greedy."
+    policy: tuple[tuple[str, str], ...] = _setting(
+        (("*", "epsilon"),), _policies,
+        "How slates are drawn: greedy, epsilon, softmax, ucb, thompson or thompson-item; or as JSON [surface, policy].",
+    )  # fmt: skip
+    epsilon: float = _setting(
+        0.05, _float(0, 1), "Share of slots that policy epsilon draws uniformly over the eligible items."
     )
-    epsilon: float = _setting(0.05, _float(0, 1), "Share of slots drawn uniformly over the eligible items.")
+    first_share: float = _setting(
+        0.05, _float(0, 0.5), "At most this share of slots goes to first impressions of new items; 0: none."
+    )
+    rewards: tuple[tuple[str, str, float], ...] = _setting(
+        (("*", "click", 1.0),), _rewards,
+        "Table of (surface, kind, weight): what posteriors learn a shown item earned, as JSON.",
+    )  # fmt: skip
     feature_share: float = _setting(
         0.1, _float(0, 1), "Share of slates logged with all candidates' features, to train the ranker."
     )
@@ -286,6 +338,11 @@ class Settings:
             if not values.get(name):
                 values[name] = _parsed(known[name], value, str(path / "stack.json"))
         return cls(**values)
+
+    def policy_of(self, surface: str) -> str:
+        """The policy of a surface: its own row, else that of `*`, else the default."""
+        table = dict(self.policy)
+        return table.get(surface) or table.get("*") or "epsilon"
 
     @property
     def loopback(self) -> bool:

@@ -8,12 +8,14 @@ Files in the order in which one event travels through them:
     rows          item hash -> row number, private to each process
     content       what the catalogue says of an item, as numbers
     items         the items: decayed popularity, neighbour lists, exposure, catalogue; records of `examples` into them
+    bandit        posteriors of items and of the ranker's last layer, and slates drawn from them (a package)
     factors       item vectors, biases, and what they say of a sequence
     encoder       the step that trains them (torch, lazily)
     features      named features of (user, item, now)
     ranker        linear model and network over them, listwise (a package)
     values        what an outcome is worth once it happens: rating, dwell, skip, hide, low rating
     model         everything learnt that scoring needs, in one object
+    window        slates that wait for what their viewers do
     learner       the fold over `examples` that moves the model
     retrieval     candidates of each channel
     recommend     retrieve -> rank -> draw -> explain, written once for serving and replay

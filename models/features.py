@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from models.bandit.posterior import betas
 from models.content.tokens import lifts
 from models.decay import NAMES, popularities
 from models.factors import dot
@@ -55,6 +56,8 @@ FEATURES: Final = (
     "trend_1d",
     "trend_7d",
     "trend_28d",
+    "log_rate",
+    "log_exposures",
 )
 F: Final = len(FEATURES)
 LOG_PRIOR: Final = FEATURES.index("log_prior")
@@ -64,6 +67,7 @@ _VISITED: Final = FEATURES.index("log_visited")
 _CONTENT: Final = FEATURES.index("lift_fields")
 _CONTEXT: Final = FEATURES.index("context_most")
 _TREND: Final = FEATURES.index("trend_15min")
+_RATE: Final = FEATURES.index("log_rate")
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -85,7 +89,8 @@ class Viewer(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The moment: what the popularities of `models.decay` are read with at `now` (s), and `Items.token_shares`."""
+    """The moment: what the popularities of `models.decay` are read with at `now` (s), `Items.token_shares`, and what an
+    item's clicks are read with, `Items.click_rates`."""
 
     now: float
     cells: I32
@@ -93,6 +98,8 @@ class Frame(NamedTuple):
     totals: F64
     known: float
     token_shares: F64
+    token_ratios: F64
+    click_rate: float
 
 
 class Learnt(NamedTuple):
@@ -202,6 +209,17 @@ def _trend(out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def _posterior(rows, items, frame, out):  # type: ignore[no-untyped-def]
+    """Fill the family `posterior`: log of an item's expected click rate against everybody's, and its exposures."""
+    m = len(rows)
+    alpha, beta = np.empty(m), np.empty(m)
+    betas(rows, items.tokens, items.sums, frame.token_ratios, frame.click_rate, alpha, beta)
+    for i in range(m):
+        out[i, _RATE] = math.log(alpha[i] / (alpha[i] + beta[i]) / frame.click_rate)
+        out[i, _RATE + 1] = math.log1p(items.sums[rows[i], 0])
+
+
+@njit(cache=True)
 def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ignore[no-untyped-def]
     """Fill out f64[m, F] with the features of candidate rows i64[m]; `place` i32[n] is -1 everywhere and is left so."""
     history, times, now = viewer.history, viewer.times, frame.now
@@ -279,3 +297,4 @@ def features(rows, place, viewer, frame, items, born, learnt, out):  # type: ign
         out[i, 29] = out[i, 8] / (1.0 + h)
     _context(viewer.context, context_places, items, out)
     _trend(out)
+    _posterior(rows, items, frame, out)

@@ -1,8 +1,9 @@
-"""The fold over `examples` that moves the model: prior mixture, item vectors and encoder, ranker.
+"""The fold over `examples` that moves the model: prior mixture, item vectors and encoder, ranker, last layer.
 
-One call learns one micro-batch, in order: impressions enter the join window; an outcome joins the newest of its slates
-whose logged candidates hold the item and trains the ranker on that list; every new entry of a user's sequence moves the
-prior mixture (online EM, rate .002, read before the item is counted), the decayed counts, and the encoder.
+One call learns one micro-batch, in order: impressions enter the join window, and the last layer counts what they show;
+an outcome joins the newest of its slates whose logged candidates hold the item, trains the ranker on that list and, the
+first time that it says so of a shown item, brings its reward to the last layer; every new entry of a user's sequence
+moves the prior mixture (online EM, rate .002, read before the item is counted), the decayed counts, and the encoder.
 State is a function of the entries, their micro-batches, what was let go when, and the constructor's seed. Where more
 items are learnt than may be, those whose two-minute count is least leave, which is to say: the least recently counted.
 Knows nothing about Kafka or Redis.
@@ -10,23 +11,23 @@ Knows nothing about Kafka or Redis.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import xxhash
 from numba import njit
 from numpy.typing import NDArray
 
+from models.bandit import Rewards, RewardTable, examination
 from models.decay import Popularity, add, at_time, grown, popularities
 from models.encoder import RECENT, Encoder
-from models.examples import ACTION, ENTERS, IMPRESSION, RATING, VIEW, CodecError, Entries, Shown
+from models.examples import ACTION, ENTERS, RATING, CodecError, Entries
 from models.factors import POSITIONS, cut, fitted, mix64, pack_named, read_rows, unpack_named, whole, with_stats
-from models.features import F
 from models.model import STATE_FORM, STATE_ROW, Model
 from models.ranker import drift
 from models.rows import LEARNT, Rows
+from models.window import START, Held, Origin, Reward, Window, places_of
 
 MIXTURE_RATE: Final = 0.002
 CALIBRATED: Final = 0.25
@@ -37,11 +38,6 @@ LOOSER: Final = 0.1
 """At an alarm of either model the ranker's sums of squares x this: it learns faster until they have grown again."""
 ROOM: Final = 32
 """Where items are too many, one in so many of the cap leaves beside those above it: not every step finds some."""
-WINDOW_S: Final = 3600.0
-"""Stream time within which an outcome joins a slate, s."""
-WINDOW_SLATES: Final = 4096
-"""Slates held at most: about 60 MB of logged candidates."""
-
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 U16 = NDArray[np.uint16]
@@ -67,59 +63,23 @@ class Learned:
     calibrated: list[tuple[F64, F64]] = field(default_factory=list)
 
 
-@dataclass(slots=True, frozen=True)
-class Origin:
-    """Where a record begins: its offset in `examples`, the window's stream time (s) and the marks before it."""
-
-    offset: int
-    time: float
-    marks: tuple[tuple[int, int], ...] = ()
-
-
-START: Final = Origin(0, -np.inf)
-
-
-@dataclass(slots=True)
-class Held:
-    """One slate of the join window; `listed`: features of all candidates were logged, else of the shown items only.
-
-    settled: an outcome joined it, with which it was calibrated.
-    """
-
-    shown: Shown
-    listed: bool
-    time: float
-    origin: Origin
-    chosen: set[int] = field(default_factory=set)
-    viewed: set[int] = field(default_factory=set)
-    settled: bool = False
-
-
-class Joined(NamedTuple):
-    """An outcome and its slate: the target stands at `place` of the candidates; first: no outcome joined it before."""
-
-    held: Held
-    target: int
-    place: int
-    first: bool
-
-
 class Learner:
     """Owner of a `Model` under training: optimiser state, own popularity, join window.
 
-    rows: the shared rows; seed: of the negatives, mixed with each micro-batch's first source position.
+    rows: the shared rows; seed: of the negatives, mixed with each micro-batch's first source position; rewards: rows of
+    (surface, kind, weight), see `models.bandit.rewards`.
     """
 
-    def __init__(self, *, rows: Rows, seed: int = 1) -> None:
+    def __init__(self, *, rows: Rows, seed: int = 1, rewards: RewardTable = ()) -> None:
         self.rows = rows
         self.seed = seed
+        self.rewards = Rewards(rewards)
         self.model = Model(rows=rows)
         self.encoder = Encoder(factors=self.model.factors)
         self.popularity = Popularity()
-        self.window: OrderedDict[int, Held] = OrderedDict()
-        self.stream_time = -np.inf
+        self.window = Window()
         self.learnt = 0
-        self.collided = self.unreadable = 0
+        self.collided = 0
         self.watches = {name: drift.Watch() for name in WATCHED}
         self._touched: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._checks: U16 = np.zeros(0, np.uint16)
@@ -138,10 +98,14 @@ class Learner:
         """Learn one micro-batch of entries, which came with the record that began at `origin`."""
         out = Learned()
         entries, checks = self._apart(entries)
-        pairs, left = self._join(entries, origin)
-        for slate in left:
+        joined = self.window.join(entries, origin, self.rewards)
+        for slate in joined.left:
             self._calibrate(slate, None, True, out)
-        for slate, target, place, first in pairs:
+        for held in joined.came:
+            self._expose(held)
+        for reward in joined.rewards:
+            self._reward(reward)
+        for slate, target, place, first in joined.pairs:
             out.joined += 1
             self._calibrate(slate, target, first, out)
             self._rank(slate, target, place, out)
@@ -154,11 +118,11 @@ class Learner:
 
     def refill(self, entries: Entries, origin: Origin) -> None:
         """Let entries pass through the join window only: what a restart does before it goes on learning."""
-        self._join(self._apart(entries)[0], origin)
+        self.window.join(self._apart(entries)[0], origin, self.rewards)
 
     def take_over(self, other: Learner) -> None:
         """Go on with another's join window and stream time, which follow from the log alone: weights went back."""
-        self.window, self.stream_time = other.window, other.stream_time
+        self.window = other.window
 
     def _apart(self, entries: Entries) -> tuple[Entries, U16]:
         """Leave out entries whose id is not that of the row their hash names: the item agent dead-letters them.
@@ -206,9 +170,16 @@ class Learner:
 
     def window_origin(self) -> Origin | None:
         """Return where the oldest held slate's record begins: what a restart must read again; None if none is held."""
-        for held in self.window.values():
-            return held.origin
-        return None
+        return self.window.origin()
+
+    @property
+    def stream_time(self) -> float:
+        """The latest time of an entry, s."""
+        return self.window.stream_time
+
+    @stream_time.setter
+    def stream_time(self, time: float) -> None:
+        self.window.stream_time = time
 
     def take_changed(self) -> I64:
         """Return the rows changed since the last call, sorted."""
@@ -216,50 +187,25 @@ class Learner:
         self._touched[changed] = False
         return changed
 
-    def _join(self, entries: Entries, origin: Origin) -> tuple[list[Joined], list[Held]]:
-        """Return outcomes that joined a slate, and the slates that left without one."""
-        pairs, left = list[Joined](), list[Held]()
-        rows = zip(entries.kind.tolist(), entries.flags.tolist(), entries.time.tolist(), strict=True)
-        for i, (kind, flags, time) in enumerate(rows):
-            self.stream_time = max(self.stream_time, time)
-            if kind == IMPRESSION:
-                try:
-                    left += self._hold(Shown.from_bytes(entries.extra[i]), origin)
-                except CodecError:  # the item agent dead-letters it
-                    self.unreadable += 1
-            elif kind == VIEW or flags & ENTERS:
-                target = int(entries.target[i])
-                held, place = self._find(entries.slates[i].tolist(), entries.target[i : i + 1])
-                if held is not None and kind == VIEW:
-                    held.viewed.add(target)
-                elif held is not None:
-                    held.chosen.add(target)
-                    pairs.append(Joined(held, target, place, not held.settled))
-                    held.settled = True
-        return pairs, left
+    def _expose(self, held: Held) -> None:
+        """Let the last layer count what a slate shows, with the examination that is usual at each position."""
+        phi, expected = self._seen(held, slice(None))
+        self.model.last_layer.expose(phi, expected, examination(len(phi)))
 
-    def _hold(self, shown: Shown, origin: Origin) -> list[Held]:
-        left: list[Held] = []
-        if shown.slate in self.window or len(shown.candidates) < 2 or shown.features.shape[1] != F:
-            return left
-        listed = len(shown.candidates) != len(shown.items) or not np.array_equal(shown.candidates, shown.items)
-        self.window[shown.slate] = Held(shown, listed, self.stream_time, origin)
-        while self.window:
-            oldest = next(iter(self.window.values()))
-            if len(self.window) <= WINDOW_SLATES and oldest.time >= self.stream_time - WINDOW_S:
-                break
-            _, gone = self.window.popitem(last=False)
-            if not gone.settled:
-                left.append(gone)
-        return left
+    def _reward(self, reward: Reward) -> None:
+        phi, expected = self._seen(reward.held, slice(reward.place, reward.place + 1))
+        if len(phi):
+            examined = examination(reward.place + 1)[-1]
+            self.model.last_layer.succeed(phi[0], float(expected[0]), examined, reward.earned, first=reward.first)
 
-    def _find(self, slates: list[int], target: U64) -> tuple[Held | None, int]:
-        """Return the first of these slates whose candidates hold the target u64[1], and its place among them."""
-        for slate in slates:
-            held = self.window.get(slate) if slate else None
-            if held is not None and len(found := _places(held.shown.candidates, target)):
-                return held, int(found[0])
-        return None, -1
+    def _seen(self, held: Held, part: slice) -> tuple[F64, F64]:
+        """Return the last hidden features and calibrated probabilities of shown items, by the model as it is now.
+
+        Not as it was then: a restart, which reads the window's slates again, goes on with the same numbers.
+        """
+        places = places_of(held.shown.candidates, held.shown.items[part])
+        x = held.shown.features[places].astype(np.float64)
+        return self.model.ranker.last_hidden(x), self.model.calibration.probability(self.model.ranker.score(x))
 
     def _calibrate(self, held: Held, target: int | None, first: bool, out: Learned) -> None:
         """Learn how probable what was shown was, at a slate's first outcome or as it leaves; correct it at a later one.
@@ -270,7 +216,7 @@ class Learner:
         if float(mix64(np.uint64(shown.slate))) >= CALIBRATED * 2.0**64 or not len(shown.items):
             return
         model, items = self.model, shown.items if first else np.array([target], np.uint64)
-        places = _places(shown.candidates, items)
+        places = places_of(shown.candidates, items)
         if not len(places):
             return
         scores = model.ranker.score(shown.features[places].astype(np.float64))
@@ -449,20 +395,6 @@ def _errors(judged, kind, value, said):  # type: ignore[no-untyped-def]
             out[r] = (said[i, 0] - value[judged[i]]) ** 2
             r += 1
     return out[:r]
-
-
-@njit(cache=True)
-def _places(candidates, items):  # type: ignore[no-untyped-def]
-    """Return where each of items u64[k] first stands among candidates u64[m], i64[k]; none where one does not."""
-    out = np.empty(len(items), np.int64)
-    for i in range(len(items)):
-        at = 0
-        while at < len(candidates) and candidates[at] != items[i]:
-            at += 1
-        if at == len(candidates):
-            return out[:0]
-        out[i] = at
-    return out
 
 
 @njit(cache=True)

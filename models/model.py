@@ -11,10 +11,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from models.bandit import LastLayer
 from models.decay import GRID
 from models.examples import CodecError
 from models.factors import DIM, ROW, Factors, fitted, pack_named, read_rows, unpack_named, whole, with_stats
-from models.ranker import Calibration, Ranker
+from models.ranker import LAST, Calibration, Ranker
 from models.rows import LEARNT, Rows
 from models.values import Values
 
@@ -35,8 +36,9 @@ STATE_FORM: Final = 2
 class Model:
     """Learnt weights aligned to shared rows.
 
-    factors: `Factors`; ranker: `Ranker`; calibration: `Calibration` of its scores; values: `Values`; mixture f64[8],
-    the weights of the eight popularities in the prior; step: int.
+    factors: `Factors`; ranker: `Ranker`; calibration: `Calibration` of its scores; last_layer: `LastLayer` over what
+    its network's last layer sees; values: `Values`; mixture f64[8], the weights of the eight popularities in the prior;
+    step: int.
     """
 
     def __init__(self, *, rows: Rows) -> None:
@@ -45,6 +47,7 @@ class Model:
         self.ranker = Ranker()
         self.values = Values(rows=rows)
         self.calibration = Calibration()
+        self.last_layer = LastLayer(width=LAST)
         self.mixture: F64 = np.full(GRID, 1.0 / GRID)
         self.step = 0
 
@@ -54,7 +57,7 @@ class Model:
         return {
             "step": self.step, "mixture": self.mixture, "positions": factors.positions, "start": factors.start,
             "both": factors.both, **self.values.state(), **self.ranker.state(),
-            **self.calibration.state(),
+            **self.calibration.state(), **self.last_layer.state(),
         }  # fmt: skip
 
     def set_dense(self, values: dict[str, Any]) -> None:
@@ -68,13 +71,14 @@ class Model:
         }  # fmt: skip
         step, found = whole(values, "step"), {name: fitted(values, name, to) for name, to in targets.items()}
         ranker, judging = self.ranker.read_state(values), self.values.read_state(values)
-        calibration = self.calibration.read_state(values)
+        calibration, last_layer = self.calibration.read_state(values), self.last_layer.read_state(values)
         self.step = step
         for name, target in targets.items():
             target[...] = found[name]
         self.ranker.set_state(ranker)
         self.values.set_state(judging)
         self.calibration.numbers[:] = calibration
+        self.last_layer.set_state(last_layer)
 
     def dense_bytes(self) -> bytes:
         """Pack everything that is not per item."""

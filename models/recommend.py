@@ -3,8 +3,8 @@
 One synchronous call on arrays, no I/O, no clock (`now` is given; `clock` only times the stages of a trace). Randomness
 is Philox of the slate id. Knows nothing about HTTP, Redis or how the arrays came to be.
 
-Slots are drawn one after another from the candidates that remain: with probability epsilon uniformly, else the best, so
-the best remaining item has propensity 1 - epsilon + epsilon / R, every other one epsilon / R, with R left to draw from.
+How slots are drawn, and with which propensities: `models/bandit/policy.py`. Policies that explore by a posterior take
+the ranker's calibrated probability, what the last layer would correct of it, and how little each item was shown.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models import values
+from models.bandit import BOUND, FIRST, SAMPLES, Policy, draw, item_samples
 from models.decay import NAMES, blend, scan
 from models.examples import AVERSE, TALLY, Shown, item_hash
 from models.factors import mix64
@@ -31,12 +32,14 @@ from models.retrieval import (
     CO_VISITATION,
     CONTEXT,
     FRESH,
+    NOT_EXPLORING,
     POPULAR,
     POPULAR_NOW,
     QUOTAS,
     RECENT,
     REPEAT,
     TRANSITION,
+    UNEXPLORED,
     VECTOR,
     blends,
     gather,
@@ -86,14 +89,18 @@ class History:
 
 @dataclass(slots=True)
 class Request:
-    """One question: n items at time `now` (s) for the slate named slate_id; context: `models.items.context_keys`."""
+    """One question: n items at time `now` (s) for the slate named slate_id; context: `models.items.context_keys`.
+
+    first: the share of slots for first impressions of items that few slates have shown; 0 leaves their channel out.
+    """
 
     slate_id: str
     now: float
     n: int = 10
     surface: str = "home"
-    policy: Literal["epsilon", "greedy"] = "epsilon"
+    policy: Policy = "epsilon"
     epsilon: float = 0.05
+    first: float = 0.0
     exclude: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
     seen: Literal["exclude", "include"] = "exclude"
     categories: frozenset[str] = frozenset()
@@ -132,9 +139,10 @@ class Slate:
         """Return the impression of this slate: features of all candidates where kept, else of the shown items only."""
         request = self.request
         candidates = self.candidates if request.keep_candidates else self.items
+        samples = f"/{SAMPLES[request.policy]}" if request.policy in SAMPLES else ""
         return Shown(
             item_hash(request.slate_id), self.step, self.items, self.propensities, self.channels, candidates,
-            self.features, request.surface, request.policy,
+            self.features, request.surface, request.policy + samples,
         )  # fmt: skip
 
 
@@ -159,14 +167,18 @@ def recommend(
     arrays = items.arrays()
     channel_blends = blends(model.mixture, frame[1], frame[2], max(float(n), 1.0))
     rows, channels, places, found = gather(
-        n, arrays, blocked, frame[0], channel_blends, viewer, model.factors.vectors, model.factors.bias, q, QUOTAS,
-        place,
+        n, arrays, blocked, frame[0], channel_blends, viewer, model.factors.vectors, model.factors.bias, q,
+        QUOTAS if request.first > 0.0 else NOT_EXPLORING, place,
     )  # fmt: skip
     marks += [clock()] if clock else []
     x, said = _rank(items, model, viewer, _judge(items, history, viewer), request, rows, q, frame, place)
     scores = heads.total(said, request.weights)
     marks += [clock()] if clock else []
-    drawn, propensities = draw(scores, request)
+    drawn, propensities = draw(
+        drawn_scores(items, model, request, rows, x, said), request.policy, request.n,
+        np.random.Generator(np.random.Philox(item_hash(request.slate_id))), epsilon=request.epsilon,
+        first=request.first, exploring=exploring(items, rows),
+    )  # fmt: skip
     marks += [clock()] if clock else []
     slate = Slate(
         request=request, step=model.step, rows=rows[drawn], items=items.rows.keys[rows[drawn]],
@@ -201,7 +213,8 @@ def _rank(
     x = np.empty((len(rows), F))
     features(
         rows, place, viewer,
-        Frame(request.now, frame[0], frame[1], frame[2], max(float(items.n), 1.0), items.token_shares()),
+        Frame(request.now, frame[0], frame[1], frame[2], max(float(items.n), 1.0), items.token_shares(),
+            *items.click_rates()),
         items.arrays(), items.born,
         Learnt(model.mixture, model.factors.vectors, model.factors.bias, q), x,
     )  # fmt: skip
@@ -246,21 +259,40 @@ def blocked_rows(items: Items, history: History, request: Request) -> U8:
     return blocked
 
 
-def draw(scores: F64, request: Request) -> tuple[I64, F32]:
-    """Draw up to n of the candidates, slot by slot; returns (places i64[k], exact propensities f32[k])."""
-    order = np.argsort(-scores, kind="stable")
-    k = min(request.n, len(order))
-    epsilon = request.epsilon if request.policy == "epsilon" else 0.0
-    if epsilon <= 0.0:
-        return order[:k], np.ones(k, np.float32)
-    rng = np.random.Generator(np.random.Philox(item_hash(request.slate_id)))
-    left: list[int] = order.tolist()
-    drawn, propensities = [], []
-    for explore, place in rng.random((k, 2)).tolist():
-        at = int(place * len(left)) if explore < epsilon else 0
-        propensities.append((1.0 - epsilon if at == 0 else 0.0) + epsilon / len(left))
-        drawn.append(left.pop(at))
-    return np.array(drawn, np.int64), np.array(propensities, np.float32)
+def exploring(items: Items, rows: I64) -> U8:
+    """Return u8[m]: 1 for the rows that slates have shown less often than FIRST."""
+    return (items.shown[rows] < FIRST).astype(np.uint8)
+
+
+def drawn_scores(items: Items, model: Model, request: Request, rows: I64, x: F64, said: F64) -> F64:
+    """Return what a slate is drawn from, f64[m, S]: S equally likely draws of the scores of rows i64[m].
+
+    x f64[m, F] are their features, said f64[m, H] their heads. Greedy, epsilon and softmax have the one score.
+    """
+    policy, weights = request.policy, request.weights
+    if policy in ("greedy", "epsilon", "softmax") or not len(rows):
+        return heads.total(said, weights)[:, None]
+    mean, deviation = items.click_log_odds(rows)
+    keys = items.rows.keys[rows]
+    if policy == "thompson-item":
+        return item_samples(mean, deviation, keys, model.step)
+    phi = model.ranker.last_hidden(x)
+    expected = model.calibration.probability(said[:, heads.CLICK])
+    rest = heads.total(np.where(np.arange(said.shape[1]) == heads.CLICK, 0.0, said), weights)
+    if policy == "ucb":
+        p = _bounded(expected + phi @ model.last_layer.mean(), expected)
+        unsure = np.hypot(model.last_layer.deviations(phi) / (p * (1.0 - p)), deviation)
+        found: F64 = (weights[heads.CLICK] * (np.log(p / (1.0 - p)) + BOUND * unsure) + rest)[:, None]
+        return found
+    p = _bounded(expected[:, None] + phi @ model.last_layer.particles(model.step), expected[:, None])
+    draws: F64 = item_samples(np.log(p / (1.0 - p)), deviation, keys, model.step)
+    drawn: F64 = weights[heads.CLICK] * draws + rest[:, None]
+    return drawn
+
+
+def _bounded(p: F64, expected: F64) -> F64:
+    """Return probabilities that may be corrected to a hundredth of what was expected, not to less, nor to certainty."""
+    return np.clip(p, 1e-4 + 1e-2 * expected, 0.99)
 
 
 def _reasons(items: Items, channels: list[int], own: I64) -> list[str]:
@@ -274,6 +306,7 @@ def _reasons(items: Items, channels: list[int], own: I64) -> list[str]:
         CO_VISITATION: "Goes with what you chose lately",
         FRESH: "New here",
         CONTEXT: "Chosen most where you are",
+        UNEXPLORED: "New here",
         TRANSITION: f"Often chosen after {title}",
         VECTOR: "Close to what you chose lately" if title else "Chosen most of late",
     }

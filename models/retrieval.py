@@ -6,6 +6,7 @@
     repeat 100 of all own earlier items (those the seen list remembers), by the transition score, else .2 prior
     co_visitation 80 by the sum of the cosines of C to the last 20 items
     context 40 by the sum of their shares in the contexts that hold: (count + 5 prior) / (total + 5)
+    unexplored 30 newest (published, else first seen) of the items that few slates have shown so far
 
 Every list is the exact top of its score; one pass of compiled code, O(items).
 """
@@ -18,18 +19,21 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from models.bandit.posterior import FIRST
 from models.decay import STEPS, blend, scan, steps_between
 from models.factors import dot
 from models.items import ItemArrays, cosine
 
 CHANNELS: Final = (
     "popular_now", "popular_today", "popular", "transition", "vector", "recent", "fresh", "repeat", "co_visitation",
-    "context",
+    "context", "unexplored",
 )  # fmt: skip
 """Their places are stored in impressions: new ones go to the end."""
-QUOTAS: Final = np.array([30, 30, 60, 80, 80, 25, 10, 100, 80, 40])
-POPULAR_NOW, POPULAR_TODAY, POPULAR, TRANSITION, VECTOR, RECENT, FRESH, REPEAT, CO_VISITATION, CONTEXT = range(
-    len(CHANNELS)
+QUOTAS: Final = np.array([30, 30, 60, 80, 80, 25, 10, 100, 80, 40, 30])
+NOT_EXPLORING: Final = QUOTAS * (np.arange(len(QUOTAS)) != CHANNELS.index("unexplored"))
+"""Quotas where no slot is set apart for first impressions."""
+POPULAR_NOW, POPULAR_TODAY, POPULAR, TRANSITION, VECTOR, RECENT, FRESH, REPEAT, CO_VISITATION, CONTEXT, UNEXPLORED = (
+    range(len(CHANNELS))
 )
 NOT_FOUND: Final = np.uint16(65535)
 """The place of an item in the list of a channel that did not bring it."""
@@ -229,6 +233,8 @@ def gather(n, items, blocked, cells_now, blends, viewer, vectors, bias, q, quota
     found = np.zeros(len(quotas), np.int64)
     count = 0
     for c in range(len(quotas)):
+        if quotas[c] == 0:
+            continue
         if c < 3:
             best = top(popularity[c], n, blocked, quotas[c])
         elif c == 3:
@@ -246,8 +252,10 @@ def gather(n, items, blocked, cells_now, blends, viewer, vectors, bias, q, quota
             best = _own_earlier(viewer.own, transitions, popularity[2], blocked, quotas[c])
         elif c == 8:
             best = top(_visited_together(items, history, n), n, blocked, quotas[c])
-        else:
+        elif c == 9:
             best = top(_chosen_under(items, viewer.context, popularity[2], n), n, blocked, quotas[c])
+        else:
+            best = _unexplored(items, n, blocked, quotas[c])
         found[c] = len(best)
         count = _merge(best, c, place, rows, channel, places, count)
     for i in range(count):
@@ -265,6 +273,21 @@ def _newest(first, n, blocked, k):  # type: ignore[no-untyped-def]
     ages = np.empty(n, np.float32)
     for i in range(n):
         ages[i] = first[i] - latest if first[i] < np.inf else -np.inf
+    return top(ages, n, blocked, k)
+
+
+@njit(cache=True)
+def _unexplored(items, n, blocked, k):  # type: ignore[no-untyped-def]
+    """Return the k newest rows that were shown less often than FIRST."""
+    latest, since = 0.0, np.empty(n)
+    for i in range(n):
+        since[i] = items.born[i] if items.born[i] > 0.0 else items.first[i]
+        if items.shown[i] >= FIRST or since[i] == np.inf:
+            since[i] = -np.inf
+        latest = max(latest, since[i])
+    ages = np.empty(n, np.float32)
+    for i in range(n):
+        ages[i] = since[i] - latest
     return top(ages, n, blocked, k)
 
 

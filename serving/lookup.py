@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from typing import Final, Literal
+from typing import Final, cast
 
 import numpy as np
 from msgspec import UNSET
@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from infra.telemetry import SLATE_SECONDS, SLATES, TOKEN_WAITS
+from models.bandit import Policy
 from models.examples import CodecError, item_hash
 from models.items import context_keys
 from models.profile import unpack
@@ -175,16 +176,13 @@ def _hashes(ids: list[str]) -> NDArray[np.uint64]:
 def _ask(parts: Parts, query: LookupQuery, slate_id: str, now: float) -> Ask:
     settings = parts.settings
     return Ask(
-        n=query.n, slate_id=slate_id, now=now, surface=query.surface, policy=_policy(query.policy or settings.policy),
-        epsilon=settings.epsilon, exclude=_hashes(query.exclude), seen=query.seen,
+        n=query.n, slate_id=slate_id, now=now, surface=query.surface, epsilon=settings.epsilon,
+        first=settings.first_share, policy=query.policy or cast(Policy, settings.policy_of(query.surface)),
+        exclude=_hashes(query.exclude), seen=query.seen,
         categories=frozenset(query.categories), context=context_keys(query.context), trace=query.trace,
         keep_candidates=query.track and samples(slate_id, settings.feature_share),
         weights=parts.head_weights,
     )  # fmt: skip
-
-
-def _policy(name: str) -> Literal["epsilon", "greedy"]:
-    return "greedy" if name == "greedy" else "epsilon"
 
 
 def _served(live: Live, slate: Slate) -> list[Served]:

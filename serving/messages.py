@@ -14,6 +14,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from models.bandit import Policy
+
 MAX_BODY: Final = 1024 * 1024
 MAX_LIST: Final = 1000
 MAX_USER_EVENTS: Final = 256
@@ -93,9 +95,7 @@ class LookupQuery(Struct, forbid_unknown_fields=True):
     ] = None
     track: Annotated[bool, Meta(description="Log the slate as an impression.")] = True
     trace: Annotated[bool, Meta(description="Add candidates per channel and milliseconds per stage.")] = False
-    policy: Annotated[
-        Literal["epsilon", "greedy"] | None, Meta(description="Instead of the set policy (loopback or admin key).")
-    ] = None
+    policy: Annotated[Policy | None, Meta(description="Instead of the set policy (loopback or admin key).")] = None
     now: Annotated[Time | None, Meta(description="Score as of this time, s since 1970 (loopback or admin key).")] = None
 
 

@@ -18,11 +18,13 @@ import msgspec
 import numpy as np
 
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD
+from models.bandit import RewardTable
 from models.examples import CodecError, Entries, HoleError, accept, concatenate
 from models.factors import sound, unpack_named
-from models.learner import Learned, Learner, Origin
+from models.learner import Learned, Learner
 from models.model import STATE_FORM, STATE_ROW, Model
 from models.rows import LEARNT, Rows
+from models.window import Origin
 from streaming.kafka.ground import HOLE
 from streaming.state import Fault, Keys, StoredBytesError, persist
 from streaming.supervision import TRIES
@@ -105,10 +107,11 @@ class Trainer:
 
     def __init__(
         self, *, store: LearntStore, cluster: str = "", seed: int = 1, most: int = 1_000_000,
-        versions: Versions | None = None,
+        versions: Versions | None = None, rewards: RewardTable = (),
     ) -> None:  # fmt: skip
         self._store, self._cluster, self._seed, self._most, self._versions = store, cluster, seed, most, versions
-        self.learner = Learner(rows=Rows(), seed=seed)
+        self._rewards = rewards
+        self.learner = Learner(rows=Rows(), seed=seed, rewards=rewards)
         self.marks: dict[int, int] = {}
         self.next = self.committed = self.steps = 0
         self.window: Origin | None = None
@@ -133,7 +136,7 @@ class Trainer:
         """Read the last committed step, with the epoch of its log; raises StoredBytesError."""
         head, rows = await self._store.load()
         self.stored_epoch = head.get("cluster", b"").decode()
-        self.learner = Learner(rows=Rows(), seed=self._seed)
+        self.learner = Learner(rows=Rows(), seed=self._seed, rewards=self._rewards)
         names = self._store.keys
         keys, values = [key for key, _ in rows], [value for _, value in rows]
         _, _, bad = sound(keys, values, STATE_ROW, form=STATE_FORM)
@@ -379,7 +382,7 @@ class Trainer:
 
         The join window stays: it follows from the log, not from the weights.
         """
-        learner = Learner(rows=Rows(), seed=self._seed)
+        learner = Learner(rows=Rows(), seed=self._seed, rewards=self._rewards)
         if state.rows:
             learner.load_state(np.array(list(state.rows), np.uint64), list(state.rows.values()))
         if state.dense:

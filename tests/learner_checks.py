@@ -17,11 +17,12 @@ from models.examples import Entries, concatenate
 from models.factors import POSITIONS, Factors, mix64, pack_named, unpack_named
 from models.features import F
 from models.items import Items
-from models.learner import WINDOW_SLATES, Learner
+from models.learner import Learner
 from models.model import STATE_ROW, Model
 from models.ranker import Ranker
 from models.recommend import History, Request, popular, recommend, similar
 from models.rows import Rows
+from models.window import WINDOW_SLATES
 from tests.entries import KEYS, Walk, entry
 
 

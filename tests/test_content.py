@@ -119,7 +119,7 @@ def test_a_new_item_of_the_viewers_kind_outranks_one_of_another() -> None:
     live: list[str] = []
 
     def choose(user: str, item: str, t: int) -> None:
-        replay.catalogue.items.setdefault(item, Item(item_id=item, categories=[f"kind {kinds[item]}"]))
+        replay.undescribed.setdefault(item, Item(item_id=item, categories=[f"kind {kinds[item]}"]))
         replay.step(Click(user_id=user, item_id=item, ts=1.6e9 + 60.0 * t), "")
 
     for t in range(events):

@@ -22,9 +22,10 @@ GOLDEN_1 = (
     "000000000000f03f2c8e2c3ff13852ce000000000000f03f2c8e2c3ff13852ce000000000000f03f6974656d2d31"
 )
 """What version 0.1 wrote."""
-GOLDEN = (
-    "02010101" + GOLDEN_1[8 : 16 * 19] + "000000000000f03f" + 3 * "2c8e2c3ff13852ce000000000000f03f" + GOLDEN_1[-12:]
-)
+ONE, LISTS = "000000000000f03f", 3 * "2c8e2c3ff13852ce000000000000f03f" + GOLDEN_1[-12:]
+GOLDEN_2 = "02010101" + GOLDEN_1[8 : 16 * 19] + ONE + LISTS
+"""What version 0.2 wrote."""
+GOLDEN = "03010101" + GOLDEN_1[8 : 16 * 19] + ONE + 16 * "0" + ONE + 6 * 16 * "0" + LISTS
 
 
 def folded(parts: list, items: Items | None = None) -> Items:  # type: ignore[type-arg]
@@ -124,24 +125,36 @@ def test_changed_rows_are_the_ones_whose_bytes_changed() -> None:
 
 
 def test_golden_bytes() -> None:
-    """Version 2 of a row; a change here needs a new version, and readers for both."""
+    """Version 3 of a row; a change here needs a new version, and readers for both."""
     items = Items(rows=Rows())
     items.fold(entry(1, 1.6e9, flags=ENTERS | VOICE | SHOWN))
     items.fold(entry(2, 1.6e9 + 60.0, offset=1, history=[1]))
     blob = items.pack(items.rows.find(KEYS[[1]]))[0]
-    assert len(blob) == 8 * (20 + 6) + len("item-1")
+    assert len(blob) == 8 * (28 + 6) + len("item-1")
     assert blob.hex() == GOLDEN
 
 
 def test_version_1_is_read() -> None:
-    """What version 1 wrote is loaded without a list C, packed as version 2, and folded on."""
+    """What version 1 wrote is loaded without a list C, packed as version 3, and folded on."""
     items, blob = Items(rows=Rows()), bytes.fromhex(GOLDEN_1)
     row = int(items.load(KEYS[[1]], [blob])[0])
     assert (items.ids[row], items.b_weights[row, 0], items.c_items[row, 0], items.c_sums[row]) == ("item-1", 1.0, -1, 0)
     again = items.pack(np.array([row]))[0]
-    assert (again[0], again[8 : 8 * 19]) == (2, blob[8 : 8 * 19])
+    assert (again[0], again[8 : 8 * 19]) == (3, blob[8 : 8 * 19])
     items.fold(entry(2, 1.6e9 + 90.0, history=[1]))
     assert items.c_weights[row, 0] == 1.0
+
+
+def test_version_2_is_read() -> None:
+    """What version 2 wrote is loaded as never exposed, packed as version 3, and folded on."""
+    items, blob = Items(rows=Rows()), bytes.fromhex(GOLDEN_2)
+    row = int(items.load(KEYS[[1]], [blob])[0])
+    assert (items.ids[row], items.c_weights[row, 0], items.outcomes[row]) == ("item-1", 1.0, 1)
+    assert not items.sums[row].any()
+    again = items.pack(np.array([row]))[0]
+    assert (again[0], again[8 : 8 * 20], again[8 * 28 :]) == (3, blob[8 : 8 * 20], blob[8 * 20 :])
+    items.fold(entry(1, 1.6e9 + 90.0, offset=3, flags=ENTERS | VOICE | SHOWN))
+    assert items.sums[row, 1] == 1.0
 
 
 def test_rows_are_bounded() -> None:
@@ -153,7 +166,7 @@ def test_rows_are_bounded() -> None:
     row = items.rows.find(KEYS[[0]])
     assert MOST_A / 2 <= items.a_sums[row[0]] <= MOST_A
     assert items.a_weights[row[0]].sum() <= items.a_sums[row[0]] + 1e-6
-    largest = 8 * (20 + 2 * (2 * K + K_LONG)) + len("item-55")
+    largest = 8 * (28 + 2 * (2 * K + K_LONG)) + len("item-55")
     assert max(map(len, items.pack(np.arange(items.n)))) <= largest
     for sums, most in ((items.a_sums, MOST_A), (items.b_sums, MOST_B), (items.c_sums, MOST_C)):
         assert sums.max() <= most

@@ -8,9 +8,10 @@ import pytest
 from models.decay import RATES
 from models.examples import ENTERS, IMPRESSION, SHOWN, VIEW, VOICE, Entries
 from models.features import F
-from models.learner import WINDOW_S, Learner, Origin
+from models.learner import Learner
 from models.ranker import Ranker
 from models.rows import Rows
+from models.window import WINDOW_S, Origin
 from tests.entries import KEYS, Walk, cuts, entry, shown
 from tests.learner_checks import CHECKS, EXEMPT, SUBJECTS, Subject
 

@@ -125,7 +125,7 @@ def test_two_ids_with_one_hash_are_learnt_once() -> None:
 def test_an_unreadable_impression_is_left_out() -> None:
     learner = Learner(rows=Rows())
     learner.learn(entry(-1, 1.7e9, flags=0, kind=IMPRESSION, extra=b"\xe5\x09 no payload"))
-    assert (learner.unreadable, len(learner.window)) == (1, 0)
+    assert (learner.window.unreadable, len(learner.window)) == (1, 0)
 
 
 class Brittle(Learner):

@@ -42,7 +42,8 @@ def compute(items: Items, learner: Learner, places: list[int], history: list[int
     place = np.full(items.n, -1, np.int32)
     features(
         rows, place, Viewer(own, times, seen, context),
-        Frame(now, frame[0], frame[1], frame[2], float(items.n), items.token_shares()), items.arrays(), items.born,
+        Frame(now, frame[0], frame[1], frame[2], float(items.n), items.token_shares(), *items.click_rates()),
+        items.arrays(), items.born,
         Learnt(learner.model.mixture, factors.vectors, factors.bias, factors.encode(own)), out,
     )  # fmt: skip
     assert (place == -1).all()

@@ -14,7 +14,7 @@ from models.features import F
 from models.items import CatalogueItem, Items
 from models.learner import Learner
 from models.model import Model
-from models.recommend import History, Request, draw, popular, recommend, samples, score_items, similar
+from models.recommend import History, Request, popular, recommend, samples, score_items, similar
 from models.retrieval import CHANNELS, NOT_FOUND, QUOTAS, REPEAT, log_into, ranks, top
 from models.rows import Rows
 from tests.entries import KEYS, NAMES, Walk
@@ -110,37 +110,6 @@ def test_an_empty_catalogue_gives_an_empty_slate() -> None:
     assert (len(slate.rows), slate.reasons) == (0, [])
     assert popular(Items(rows=rows), Model(rows=rows), 5, KEYS[:0], 1e9) == []
     assert similar(Items(rows=rows), Model(rows=rows), 5, 5) == []
-
-
-@given(st.integers(2, 6), st.integers(1, 4), st.floats(0.01, 1.0))
-def test_propensities_are_exact(m: int, n: int, epsilon: float) -> None:
-    """Each slot's propensity is the probability the rule gives its item, and these add up to 1 over what is left."""
-    scores = np.arange(m, dtype=float)[::-1].copy()
-    for name in range(20):
-        drawn, propensities = draw(scores, Request(f"s{name}", 0.0, n=n, epsilon=epsilon))
-        assert len(drawn) == min(n, m) == len(set(drawn.tolist()))
-        left = list(range(m))  # best first
-        for item, propensity in zip(drawn.tolist(), propensities.tolist(), strict=True):
-            each = {other: (1 - epsilon) * (other == left[0]) + epsilon / len(left) for other in left}
-            assert sum(each.values()) == pytest.approx(1.0)
-            assert propensity == pytest.approx(each[item], rel=1e-6)
-            left.remove(item)
-
-
-def test_propensities_are_the_frequencies() -> None:
-    """Enumerated: over many slate ids, ordered slates come as often as the product of their propensities says."""
-    scores, n = np.array([3.0, 2.0, 1.0]), 20_000
-    counts: dict[tuple[int, ...], int] = {}
-    expected: dict[tuple[int, ...], float] = {}
-    for name in range(n):
-        drawn, propensities = draw(scores, Request(f"x{name}", 0.0, n=2, epsilon=0.6))
-        order = tuple(drawn.tolist())
-        counts[order] = counts.get(order, 0) + 1
-        expected[order] = float(np.prod(propensities))
-    assert len(expected) == 6
-    assert sum(expected.values()) == pytest.approx(1.0, abs=1e-6)
-    for order, p in expected.items():
-        assert abs(counts[order] - n * p) < 5 * np.sqrt(n * p * (1 - p))
 
 
 def test_the_impression_carries_what_the_learner_needs(system: tuple[Items, Model]) -> None:

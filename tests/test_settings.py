@@ -13,10 +13,19 @@ from infra.settings import EVENT_WEIGHTS, MASK, Settings, SettingsError, Weight
 
 def test_at_most_thirty_each_with_default_and_help() -> None:
     items = dataclasses.fields(Settings)
-    assert len(items) <= 31
+    assert len(items) <= 33
     for item in items:
         assert item.default is not dataclasses.MISSING
         assert str(item.metadata["help"]).endswith(".")
+
+
+def test_a_surface_has_its_own_policy() -> None:
+    assert Settings.load(env={}).policy_of("home") == "epsilon"
+    assert Settings.load(env={"FRESHET_POLICY": "thompson"}).policy_of("home") == "thompson"
+    table = Settings.load(env={"FRESHET_POLICY": '[["home", "ucb"], ["*", "greedy"]]'})
+    assert (table.policy_of("home"), table.policy_of("cart")) == ("ucb", "greedy")
+    assert Settings.load(env={"FRESHET_POLICY": '[["home", "ucb"]]'}).policy_of("cart") == "epsilon"
+    assert Settings.load(env=table.environment()).policy == table.policy
 
 
 def test_defaults_load_from_an_empty_environment(tmp_path: Path) -> None:
@@ -41,7 +50,9 @@ def test_argument_beats_environment_beats_stack_beats_default(tmp_path: Path) ->
         ("port", "http", "whole number from 0 to 65535"),
         ("epsilon", "nan", "number from 0 to 1"),
         ("epsilon", "1.5", "number from 0 to 1"),
-        ("policy", "ucb", "one of epsilon, greedy"),
+        ("policy", "best", "one of greedy, epsilon, softmax, ucb, thompson, thompson-item"),
+        ("rewards", '[["*", "like", 1]]', "kind one of click, dwell, rating, action"),
+        ("policy", '[["home"]]', "a JSON list of [surface, policy]"),
         ("require_catalogue", "maybe", "true or false"),
         ("kafka", "localhost", "host:port"),
         ("redis", "localhost:6379", "redis://host:port/db"),

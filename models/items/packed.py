@@ -1,14 +1,15 @@
 """The packed row of an item: its layout by version, reading and writing many rows at once.
 
-Row, version 2, little endian, in 8-byte words; neighbours by item hash, row numbers never leave the process:
+Row, version 3, little endian, in 8-byte words; neighbours by item hash, row numbers never leave the process:
 
     word 0       version | a << 8 | b << 16 | c << 24 | id length << 32
     words 1-8    decayed counts f64; 9-12 their cells 8 x i32; 13, 14 first and last event time f64 (s)
     words 15, 16 times shown, outcomes of showing u64; 17-19 sums of the rows of A, B and C f64
+    words 20-27  sums of exposures, dwells and ratings f64 (models/bandit/posterior.py)
     then         a hashes u64, a weights f64, b hashes u64, b weights f64, c hashes u64, c weights f64, the id in utf-8
 
 A c of 128 and more says that the row is a context (see `contexts`): its C, c - 128 long, is what was chosen under it.
-Version 1 had no C: neither its length nor its sum. Both are read, version 2 is written.
+Version 2 had no words 20-27, version 1 neither them nor C: no length of it, no sum. All are read, 3 is written.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from numpy.typing import NDArray
 from models.examples import CodecError
 from models.items.transitions import K_LONG, ItemArrays, K
 
-VERSION: Final = 2
-_FIXED: Final = 20
-"""Words before the lists; version 1 had one less."""
+VERSION: Final = 3
+_FIXED: Final = 28
+"""Words before the lists; version 2 had 20, version 1 had 19."""
+_HEADS: Final = {1: 19, 2: 20, 3: _FIXED}
 _ODD: Final = "item row {:016x}: expected finite counts and weights from 0 on, got others"
 
 F64 = NDArray[np.float64]
@@ -87,13 +89,13 @@ def sound(keys: Sequence[int], blobs: Sequence[bytes]) -> tuple[list[int], list[
 
 
 def _words(key: int, blob: bytes) -> int:
-    if len(blob) < 8 * (_FIXED - 1) or blob[0] not in (VERSION - 1, VERSION):
+    head = _HEADS.get(blob[0], 0) if blob else 0
+    if not head or len(blob) < 8 * head:
         got = f"{len(blob)} bytes that begin with {blob[:2].hex() or 'nothing'}"
-        raise CodecError(f"item row {key:016x}: expected version {VERSION - 1} or {VERSION}, got {got}")
-    newest = blob[0] == VERSION
-    size = _FIXED + 2 * (blob[1] + blob[2] + (blob[3] & 127)) - (not newest)
+        raise CodecError(f"item row {key:016x}: expected version 1 to {VERSION}, got {got}")
+    size = head + 2 * (blob[1] + blob[2] + (blob[3] & 127))
     expected = 8 * size + int.from_bytes(blob[4:8], "little")
-    if len(blob) != expected or blob[1] > K or blob[2] > K or blob[3] & 127 > K_LONG or (blob[3] and not newest):
+    if len(blob) != expected or blob[1] > K or blob[2] > K or blob[3] & 127 > K_LONG or (blob[3] and blob[0] == 1):
         raise CodecError(f"item row {key:016x}: expected {expected} bytes, got {len(blob)}")
     try:
         blob[8 * size :].decode()
@@ -132,14 +134,15 @@ def _sizes(rows, arrays):  # type: ignore[no-untyped-def]
     out = np.empty(len(rows), np.int64)
     for i in range(len(rows)):
         row = rows[i]
-        out[i] = 20 + 2 * (_length(arrays.a_items, row) + _length(arrays.b_items, row) + _length(arrays.c_items, row))
+        out[i] = 28 + 2 * (_length(arrays.a_items, row) + _length(arrays.b_items, row) + _length(arrays.c_items, row))
     return out
 
 
 @njit(cache=True)
 def _counts(word):  # type: ignore[no-untyped-def]
     """Return the lengths of the three lists and the words before them, off a row's first word."""
-    head = np.int64(18) + (np.int64(word) & 255)
+    version = np.int64(word) & 255
+    head = np.int64(28) if version == 3 else np.int64(18) + version
     return np.int64(word >> np.uint64(8)) & 255, np.int64(word >> np.uint64(16)) & 255, np.int64(word >> np.uint64(24)) & 127, head  # noqa: E501  # fmt: skip
 
 
@@ -179,7 +182,7 @@ def _pack(words, floats, halves, start, rows, id_lengths, shown, outcomes, conte
         row, at = rows[i], start[i]
         a, b, c = _length(arrays.a_items, row), _length(arrays.b_items, row), _length(arrays.c_items, row)
         flag = 128 if contexts[row] else 0
-        words[at] = np.uint64(2 | a << 8 | b << 16 | (c | flag) << 24) | (id_lengths[i] << np.uint64(32))
+        words[at] = np.uint64(3 | a << 8 | b << 16 | (c | flag) << 24) | (id_lengths[i] << np.uint64(32))
         for h in range(8):
             floats[at + 1 + h] = arrays.weights[row, h]
             halves[2 * (at + 9) + h] = arrays.cells[row, h]
@@ -187,7 +190,8 @@ def _pack(words, floats, halves, start, rows, id_lengths, shown, outcomes, conte
         words[at + 15], words[at + 16] = np.uint64(shown[row]), np.uint64(outcomes[row])
         floats[at + 17], floats[at + 18] = arrays.a_sums[row], arrays.b_sums[row]
         floats[at + 19] = arrays.c_sums[row]
-        after = _write(words, floats, at + 20, arrays.keys, arrays.a_items, arrays.a_weights, row)
+        floats[at + 20 : at + 28] = arrays.sums[row]
+        after = _write(words, floats, at + 28, arrays.keys, arrays.a_items, arrays.a_weights, row)
         after = _write(words, floats, after, arrays.keys, arrays.b_items, arrays.b_weights, row)
         _write(words, floats, after, arrays.keys, arrays.c_items, arrays.c_weights, row)
 
@@ -221,7 +225,9 @@ def load_rows(words, floats, halves, start, rows, neighbours, shown, outcomes, a
         arrays.first[row], arrays.last[row] = floats[at + 13], floats[at + 14]
         shown[row], outcomes[row] = np.int64(words[at + 15]), np.int64(words[at + 16])
         arrays.a_sums[row], arrays.b_sums[row] = floats[at + 17], floats[at + 18]
-        arrays.c_sums[row] = floats[at + 19] if head == 20 else 0.0
+        arrays.c_sums[row] = floats[at + 19] if head > 19 else 0.0
+        for j in range(8):
+            arrays.sums[row, j] = floats[at + 20 + j] if head > 20 else 0.0
         after = _read(floats, at + head, a, neighbours, n, arrays.a_items, arrays.a_weights, row)
         after = _read(floats, after, b, neighbours, n + a, arrays.b_items, arrays.b_weights, row)
         _read(floats, after, c, neighbours, n + a + b, arrays.c_items, arrays.c_weights, row)

@@ -6,7 +6,9 @@ and catalogue (a fold over `items`) are disjoint fields of a row. Knows nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any, Final
 
 import msgspec
@@ -14,10 +16,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from models.bandit import posterior
+from models.bandit.posterior import expose, observe
 from models.content.tokens import BUCKETS, shares, tokens
 from models.content.tokens import ROOM as TOKENS
 from models.decay import Popularity, add, grown
-from models.examples import ENTERS, IMPRESSION, SHOWN, VOICE, CodecError, Entries, Shown
+from models.examples import DWELL, ENTERS, IMPRESSION, RATING, SHOWN, VOICE, CodecError, Entries, Shown
 from models.items.contexts import CONTEXTS, MOST_CONTEXT, packed_context_keys
 from models.items.packed import context_words, load_rows, neighbour_words, packed, read
 from models.items.transitions import K_LONG, WINDOW, ItemArrays, K, bump, follow
@@ -71,12 +75,15 @@ class Items:
         self.born: F64 = np.zeros(0)
         self.shown: I64 = np.zeros(0, np.int64)
         self.outcomes: I64 = np.zeros(0, np.int64)
+        self.sums: F64 = np.zeros((0, len(posterior.COLUMNS)))
         self.hidden: U8 = np.zeros(0, np.uint8)
         self.tokens: I32 = np.zeros((0, TOKENS), np.int32)
         self.token_fields: U8 = np.zeros(0, np.uint8)
         self._shares: F64 = np.zeros(BUCKETS)
         self._shared_at = -np.inf
         self._described = 0
+        self._ratios: F64 = np.zeros(BUCKETS)
+        self._rate, self._exposed, self._rated_at = 0.05, 0, -65
         self.a_items: I32 = np.zeros((0, K), np.int32)
         self.a_weights: F64 = np.zeros((0, K))
         self.a_sums: F64 = np.zeros(0)
@@ -124,7 +131,7 @@ class Items:
         self.last = grown(self.last, capacity, NEVER_LAST)
         self.born = grown(self.born, capacity)
         self.shown, self.outcomes = grown(self.shown, capacity), grown(self.outcomes, capacity)
-        self.hidden = grown(self.hidden, capacity, 1)
+        self.sums, self.hidden = grown(self.sums, capacity), grown(self.hidden, capacity, 1)
         self.tokens, self.token_fields = grown(self.tokens, capacity, -1), grown(self.token_fields, capacity)
         self.a_items, self.b_items = grown(self.a_items, capacity, -1), grown(self.b_items, capacity, -1)
         self.a_weights, self.b_weights = grown(self.a_weights, capacity), grown(self.b_weights, capacity)
@@ -139,7 +146,7 @@ class Items:
             self.rows.table, self.rows.keys, self.popularity.weights, self.popularity.cells, self.first, self.last,
             self.a_items, self.a_weights, self.a_sums, self.b_items, self.b_weights, self.b_sums,
             self.c_items, self.c_weights, self.c_sums,
-            self.tokens, self.token_fields,
+            self.tokens, self.token_fields, self.born, self.shown, self.sums,
         )  # fmt: skip
 
     def token_shares(self) -> F64:
@@ -150,23 +157,49 @@ class Items:
             self._shared_at, self._described = total, 0
         return self._shares
 
+    def click_rates(self) -> tuple[F64, float]:
+        """Return each token's log ratio of click rates f64[BUCKETS], and everybody's rate.
+
+        Both are computed anew once a 64th of the exposures is new.
+        """
+        if self._exposed - self._rated_at > 64 + self._exposed // 64:
+            self._rate = float(posterior.token_ratios(self.tokens, self.sums, self.n, self._ratios))
+            self._rated_at = self._exposed
+        return self._ratios, self._rate
+
+    def click_log_odds(self, rows: I64) -> tuple[F64, F64]:
+        """Return mean and standard deviation f64[m] of the log-odds of a click, by the items' own posteriors."""
+        alpha, beta = self.click_posteriors(rows)
+        mean, deviation = np.empty(len(rows)), np.empty(len(rows))
+        posterior.log_odds(alpha, beta, mean, deviation)
+        return mean, deviation
+
+    def click_posteriors(self, rows: I64) -> tuple[F64, F64]:
+        """Return alpha and beta f64[m] of the Beta posteriors of rows i64[m]; see models/bandit/posterior.py."""
+        alpha, beta = np.empty(len(rows)), np.empty(len(rows))
+        posterior.betas(rows, self.tokens, self.sums, *self.click_rates(), alpha, beta)
+        return alpha, beta
+
     def fold(self, entries: Entries) -> I64:
         """Fold entries in order and return the rows they changed, sorted; any cut of a stream gives equal bytes.
 
         An entry with VOICE adds to popularity, one with ENTERS to the neighbour lists, one with both ENTERS and SHOWN
-        to the outcomes; an impression counts each shown item as shown once.
+        to the outcomes; an impression counts each shown item as shown once. Posteriors: see models/bandit/posterior.py.
         """
         entries, new, shown = self._apart(entries)
         start, keys = _keys(entries.target, entries.flags, entries.history_start, entries.history_item)
         rows = self.rows.add(keys)
         under = self._under(entries)
         exposed = self.rows.add(np.concatenate(shown)) if shown else _NO_ROWS
+        slates = np.array([0, *accumulate(map(len, shown))])
+        self._exposed += len(exposed)
         self.grow()
         if new:
             self._name(new)
         popularity = self.popularity
         changed: I64 = _fold(
-            entries.target, entries.flags, entries.time, start, rows, *under, exposed, popularity.totals,
+            entries.target, entries.kind, entries.flags, entries.time, entries.value, start, rows, *under, exposed,
+            slates, popularity.totals,
             popularity.total_cells, popularity.last, self.shown, self.outcomes, self.arrays(), self._touched,
             self.rows.held,
         )  # fmt: skip
@@ -272,6 +305,7 @@ class Items:
         self.popularity.weights[rows], self.popularity.cells[rows] = 0.0, 0
         self.first[rows], self.last[rows] = NEVER_FIRST, NEVER_LAST
         self.shown[rows] = self.outcomes[rows] = 0
+        self.sums[rows] = 0.0
         self.a_sums[rows] = self.b_sums[rows] = self.c_sums[rows] = 0.0
         self._named[rows] = self.contexts[rows] = False
         for key in keys.tolist():
@@ -336,6 +370,7 @@ class Items:
         self.rows.hold(rows, BEHAVIOUR)
         self.rows.hold(neighbours, BEHAVIOUR)  # a row that a list names is not given to another item
         self.grow()
+        self._exposed += len(rows)  # as good as told how many exposures changed them
         load_rows(
             words, words.view(np.float64), words.view(np.int32), start, rows, neighbours, self.shown, self.outcomes,
             self.arrays(),
@@ -384,15 +419,19 @@ def _keys(target, flags, history_start, history_item):  # type: ignore[no-untype
 
 
 @njit(cache=True)
-def _fold(target, flags, time, start, rows, places, contexts, exposed, totals, total_cells, latest, shown, outcomes, arrays, touched, held):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+def _fold(target, kind, flags, time, value, start, rows, places, contexts, exposed, slates, totals, total_cells, latest, shown, outcomes, arrays, touched, held):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     """Fold entries one at a time, the only place where behaviour changes; returns the rows touched, unsorted.
 
-    start, rows i64 as of `_keys`; places, contexts i64[c] as of `_under`; exposed i64[e]: rows that were shown. touched
-    bool[capacity] may mark targets already, which were named, and is left all false.
+    start, rows i64 as of `_keys`; places, contexts i64[c] as of `_under`; exposed i64[e]: rows that were shown, and
+    slates i64[k + 1]: where those of each impression begin. touched bool[capacity] may mark targets already, which were
+    named, and is left all false.
     """
     weights, cells, first, last = arrays.weights, arrays.cells, arrays.first, arrays.last
-    at, c = 0, 0
+    at, c, slate = 0, 0, 0
     for i in range(len(target)):
+        if kind[i] == IMPRESSION:
+            expose(arrays.sums, exposed, slates[slate], slates[slate + 1])
+            slate += 1
         if target[i] == 0:
             continue
         row, t = rows[at], time[i]
@@ -406,7 +445,14 @@ def _fold(target, flags, time, start, rows, places, contexts, exposed, totals, t
             first[row], last[row] = min(first[row], t), max(last[row], t)
             if flags[i] & SHOWN:
                 outcomes[row] += 1
+                arrays.sums[row, 1] += 1.0
             follow(row, rows[start[i] : start[i + 1]], arrays, touched)
+        if kind[i] == DWELL:
+            observe(arrays.sums, row, 2, math.log1p(max(value[i], 0.0)))
+            touched[row] = True
+        elif kind[i] == RATING:
+            observe(arrays.sums, row, 5, 0.5 * (value[i] + 1.0))
+            touched[row] = True
         while c < len(contexts) and places[c] == i:
             under = contexts[c]
             bump(arrays.c_items, arrays.c_weights, arrays.c_sums, under, row, 1.0, MOST_CONTEXT)

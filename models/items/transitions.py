@@ -33,6 +33,7 @@ MOST_C: Final = 20_000.0
 F64 = NDArray[np.float64]
 U64 = NDArray[np.uint64]
 I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
 
 
 class ItemArrays(NamedTuple):
@@ -55,6 +56,9 @@ class ItemArrays(NamedTuple):
     c_sums: F64
     tokens: I32
     token_fields: NDArray[np.uint8]
+    born: F64
+    shown: I64
+    sums: F64
 
 
 @njit(cache=True)

@@ -10,4 +10,5 @@ Knows nothing about how features came to be, nor about retrieval.
 """
 
 from models.ranker.calibration import Calibration as Calibration
+from models.ranker.listwise import LAST as LAST
 from models.ranker.listwise import Ranker as Ranker

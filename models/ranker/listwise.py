@@ -31,6 +31,8 @@ SLOWEST: Final = 5e-4
 LOSS_RATE: Final = 2e-3
 SQUARE: Final = 1e-2
 """Where Adagrad's sums of squares start."""
+LAST: Final = F + HIDDEN + 1
+"""Width of the last hidden layer: features, units, 1."""
 SIZE: Final = 2 * F + F * HIDDEN + 2 * HIDDEN
 """Weights of both models."""
 WORST: Final = 1e3
@@ -81,6 +83,23 @@ def _score(x, moments, flat, network, out):  # type: ignore[no-untyped-def]
         _linear(z, flat, scores)
     for i in range(m):
         out[i] = scores[i]
+
+
+@njit(cache=True)
+def _last_hidden(x, moments, flat, out):  # type: ignore[no-untyped-def]
+    """Fill out f64[m, F + 33] with normalised features, hidden units and 1."""
+    m, width = x.shape
+    wide = kernels.padded(m)
+    z, active = np.empty((width, wide), np.float32), np.empty((HIDDEN, wide), np.float32)
+    kernels.columns(x, z)
+    kernels.normalise(z, moments[0], moments[1])
+    _network(z, flat, active, np.empty(wide, np.float32))
+    for i in range(m):
+        for f in range(width):
+            out[i, f] = 0.2 * z[f, i]
+        for j in range(HIDDEN):
+            out[i, width + j] = 0.2 * active[j, i]
+        out[i, width + HIDDEN] = 1.0
 
 
 @njit(cache=True)
@@ -215,6 +234,15 @@ class Ranker:
         """Return the scores f64[m] of features f64[m, F]; each row's score depends on that row alone."""
         out = np.empty(len(x))
         _score(x, self._moments, self._flat, self.scorer == "network", out)
+        return out
+
+    def last_hidden(self, x: F64) -> F64:
+        """Return what the network's last layer sees of features f64[m, F], f64[m, LAST]: each row by itself.
+
+        Normalised features and hidden units, a fifth of each so that they are about 1 at most, and 1.
+        """
+        out = np.empty((len(x), LAST))
+        _last_hidden(x, self._moments, self._flat, out)
         return out
 
     def loosen(self, factor: float) -> None:

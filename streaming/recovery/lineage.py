@@ -163,7 +163,9 @@ async def follow(
     `first` is the first offset that `examples` still has; raises RecoveryError where the join window needs an earlier.
     """
     states = states or States(settings, steps)
-    trainer = Trainer(store=store, cluster=cluster, seed=settings.seed, most=settings.max_items)
+    trainer = Trainer(
+        store=store, cluster=cluster, seed=settings.seed, most=settings.max_items, rewards=settings.rewards
+    )
     await trainer.load()
     await states.keep(store, trainer.lineage)
     end = steps[-1].next if steps else 0

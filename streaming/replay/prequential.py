@@ -79,7 +79,7 @@ class Replay:
         self, *, seed: int = 1, exclusion: Exclusion = "none", judging: bool = False,
         catalogue: Catalogue | None = None,
     ) -> None:  # fmt: skip
-        self._undescribed = dict((catalogue or Catalogue()).items)
+        self.undescribed = dict((catalogue or Catalogue()).items)
         """Catalogue entries of items that no event was folded of yet."""
         self.rows = Rows()
         self.items = Items(rows=self.rows)
@@ -204,13 +204,13 @@ class Replay:
 
     def _describe(self, item_id: str) -> None:
         """Set the catalogue entry of an item whose first event was folded."""
-        item = self._undescribed.get(item_id)
+        item = self.undescribed.get(item_id)
         if item is None:
             return
         key = item_key(item)
         if self.rows.find(np.array([key], np.uint64))[0] >= 0:
             self.items.set_item(key, item_id, catalogue_item(item))
-            del self._undescribed[item_id]
+            del self.undescribed[item_id]
 
 
 def run(

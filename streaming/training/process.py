@@ -109,7 +109,8 @@ async def _main(settings: Settings) -> None:
     ground = Ground(producer, topics, await producer.epoch(topics), codec=settings.codec)
     versions = Versions(home(settings, keys), store)
     trainer = Trainer(
-        store=store, cluster=ground.stamp, seed=settings.seed, most=settings.max_items, versions=versions
+        store=store, cluster=ground.stamp, seed=settings.seed, most=settings.max_items, versions=versions,
+        rewards=settings.rewards,
     )  # fmt: skip
     try:
         await persist("load", trainer.load)
