@@ -29,8 +29,11 @@ from streaming.supervision import TRIES, Progress, last_lines, leave, stand
 from streaming.topics import Log, Topics
 
 ROWS_EVERY_S: Final = 1.0
-ROWS_EVERY_ENTRIES: Final = 5000
+ROWS_AT_MOST: Final = 20_000
+"""Rows that wait for a commit at most, 35 MB at their usual size: Redis stands still for one transaction no longer."""
 FEED_EVERY_S: Final = 0.1
+FEED_SHARE: Final = 0.25
+"""Share of the time that feeding may take, short of one feed a second: a backlog is folded, not fed away."""
 FEED_SOON_S: Final = 0.02
 """While few rows wait (FEED_FEW) they are fed this soon, s."""
 FEED_FEW: Final = 100
@@ -57,7 +60,6 @@ class ItemAgent:
         self._to_feed: set[int] = set()
         self._gone_to_commit: set[int] = set()
         self._gone_to_feed: set[int] = set()
-        self._since_commit = 0
         self._lock = asyncio.Lock()
 
     @property
@@ -94,7 +96,6 @@ class ItemAgent:
         self.committed = self.fed = self.state.next
         for changes in (self._to_commit, self._to_feed, self._gone_to_commit, self._gone_to_feed):
             changes.clear()
-        self._since_commit = 0
         # Whoever died between the commit and the feed of catalogue entries left serving behind: it finds the hole.
         await self._store.publish(Delta("catalogue", self.catalogue_next, self.catalogue_next, (), ()))
 
@@ -104,7 +105,7 @@ class ItemAgent:
             for offset, record_ms, value in batch.get(self._examples, ()):
                 async with self._lock:
                     await self._fold(offset, record_ms, value)
-                if self._since_commit >= ROWS_EVERY_ENTRIES:
+                if len(self._to_commit) >= ROWS_AT_MOST:
                     await self.commit()
                 await asyncio.sleep(0)
 
@@ -148,9 +149,7 @@ class ItemAgent:
             self._gone_to_commit.update(gone)
             self._gone_to_feed.update(gone)
             log.info("%d items left, %d rows lost a neighbour", len(gone), len(folded.moved))
-        count = len(folded.entries) if folded.entries is not None else 0
-        self._since_commit += count
-        self._progress.events += count
+        self._progress.events += len(folded.entries) if folded.entries is not None else 0
 
     async def _poisoned(self, error: PoisonError, value: bytes) -> None:
         """End this process, whose memory is half changed; after the third time the record is skipped."""
@@ -230,7 +229,6 @@ class ItemAgent:
             self.committed = self.next
             self._to_commit.clear()
             self._gone_to_commit.clear()
-            self._since_commit = 0
         self._progress.move(self._examples, self.committed)
 
     @staticmethod
@@ -242,12 +240,14 @@ class ItemAgent:
     async def tick(self) -> None:
         """Feed and commit in their periods, for ever."""
         committed = fed = time.monotonic()
+        pause = FEED_EVERY_S
         while True:
             await asyncio.sleep(FEED_SOON_S)
             now = time.monotonic()
-            if now - fed >= FEED_EVERY_S or len(self._to_feed) <= FEED_FEW:
+            if now - fed >= pause or len(self._to_feed) <= FEED_FEW:
                 await self.feed()
                 fed = now
+                pause = min(max(FEED_EVERY_S, (time.monotonic() - now) / FEED_SHARE), ROWS_EVERY_S)
             if now - committed >= ROWS_EVERY_S:
                 await self.commit()
                 committed = now
