@@ -30,6 +30,8 @@ from infra.telemetry import (
     SNAPSHOT_ROWS,
     resident_mb,
 )  # fmt: skip
+from models.bandit import FIRST
+from models.bandit.posterior import normal_gamma
 from models.decay import NAMES, STEPS
 from models.examples import KIND_NAMES, CodecError
 from models.features import FEATURES
@@ -164,8 +166,15 @@ async def models(parts: Parts, request: Request) -> Response:
                 )
             ),
             "head_weights": dict(zip(heads.NAMES, parts.head_weights.tolist(), strict=True)),
+            "last_layer": {
+                "slates": model.last_layer.slates,
+                "variance": round(float(model.last_layer.numbers[1]), 6),
+                "norm": round(float(np.linalg.norm(model.last_layer.mean())), 5),
+            },
             "vectors": {"rows": model.rows.known, "dim": int(model.factors.vectors.shape[1])},
-            "policy": parts.settings.policy,
+            "policy": [list(row) for row in parts.settings.policy],
+            "rewards": [list(row) for row in parts.settings.rewards],
+            "first_share": parts.settings.first_share,
             "epsilon": parts.settings.epsilon,
         }
     )
@@ -298,7 +307,7 @@ def _named_low(live: Live, low: Any) -> str:
 
 
 async def get_item(parts: Parts, request: Request) -> Response:
-    """GET /v1/items/{item_id}: catalogue fields, popularity by half-life, neighbours, exposure."""
+    """GET /v1/items/{item_id}: catalogue fields, popularity by half-life, neighbours, exposure, posteriors."""
     item_id, live = request.path_params["item_id"], parts.snapshot.live
     row = row_of(live, item_id)
     if row < 0:
@@ -313,11 +322,40 @@ async def get_item(parts: Parts, request: Request) -> Response:
             "last_time": _time(items.last[row]),
             "shown": int(items.shown[row]),
             "outcomes": int(items.outcomes[row]),
+            "still_exploring": bool(items.shown[row] < FIRST),
+            "posterior": _posterior(live, row),
             "decayed_counts": _counts(live, row, parts.clock()),
             "next": _neighbours(live, items.a_items[row], items.a_weights[row]),
             "together": _neighbours(live, items.b_items[row], items.b_weights[row]),
         }
     )
+
+
+def _posterior(live: Live, row: int) -> dict[str, Any]:
+    """Say what exposures, dwells and ratings say of an item: means with 95 % intervals, and what they rest on."""
+    items, rows = live.items, np.array([row])
+    (alpha,), (beta,) = items.click_posteriors(rows)
+    (odds,), (unsure,) = items.click_log_odds(rows)
+    low, high = (1.0 / (1.0 + np.exp(-(odds + side * 1.96 * unsure))) for side in (-1.0, 1.0))
+    sums, everybody = items.sums[row], items.sums[: items.n].sum(0)
+    told = {
+        "exposures": round(float(sums[0]), 3),
+        "successes": round(float(sums[1]), 3),
+        "click": {
+            "mean": round(float(alpha / (alpha + beta)), 5), "low": round(float(low), 5), "high": round(float(high), 5),
+            "alpha": round(float(alpha), 3), "beta": round(float(beta), 3),
+        },
+    }  # fmt: skip
+    for name, at, prior in (("log_dwell", 2, 2.5), ("rating", 5, 0.5)):
+        count, total = everybody[at : at + 2].tolist()
+        said, summed, squares = sums[at : at + 3].tolist()
+        found = normal_gamma(said, summed, squares, total / count if count else prior)
+        spread = 1.96 * found.deviation
+        told[name] = {
+            "mean": round(found.mean, 4), "low": round(found.mean - spread, 4), "high": round(found.mean + spread, 4),
+            "observations": round(found.observations, 3),
+        }  # fmt: skip
+    return told
 
 
 def _counts(live: Live, row: int, now: float) -> dict[str, float]:

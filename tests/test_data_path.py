@@ -58,6 +58,7 @@ async def test_a_click_changes_the_next_slate(stack: Stack, kafka: str, namespac
         assert ids(after)[0] == "butter"
         assert after["items"][0]["reason"] == "Often chosen after Bread"
         await what_is_known(client, before["slate_id"])
+        await exposures_count_when_they_happen(client, ids(before)[0])
         await an_inlet_counts_as_much(client, kafka, Topics(namespace, PARTITIONS))
         await a_deleted_item_is_gone_within_a_second(client)
         await reading_wrote_nothing(client)
@@ -98,6 +99,20 @@ async def what_is_known(client: httpx.AsyncClient, slate_id: str) -> None:
     assert [entry["item_id"] for entry in known["sequence"]] == ["bread"]
     assert any(entry["shown"] for entry in known["slates"])
     assert slate_id
+
+
+async def exposures_count_when_they_happen(client: httpx.AsyncClient, item: str) -> None:
+    """An item of the first slate: its posterior knows that it was shown; its interval is that of few exposures."""
+    end = time.monotonic() + 10
+    while (known := (await client.get(f"/v1/items/{item}")).json())["posterior"]["exposures"] == 0.0:
+        assert time.monotonic() < end, "the exposure did not reach the item"
+        await asyncio.sleep(0.05)
+    assert known["shown"] >= 1
+    assert known["still_exploring"]
+    click = known["posterior"]["click"]
+    assert click["low"] < click["mean"] < click["high"]
+    assert click["alpha"] + click["beta"] > 20.0
+    assert known["posterior"]["rating"]["observations"] == 0.0
 
 
 async def an_inlet_counts_as_much(client: httpx.AsyncClient, kafka: str, topics: Topics) -> None:
