@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from models.bandit.last_layer import RIDGE
 from models.decay import RATES
-from models.examples import ENTERS, IMPRESSION, SHOWN, VIEW, VOICE, Entries
+from models.examples import DWELL, ENTERS, IMPRESSION, SHOWN, VIEW, VOICE, Entries
 from models.features import F
 from models.learner import Learner
 from models.ranker import Ranker
@@ -45,6 +46,33 @@ def test_an_outcome_trains_on_the_newest_slate_that_lists_it() -> None:
     assert learner.learn(outcome(4, 1e9 + 3, 2, 1)).joined == 1  # only the older one lists it
     assert learner.learn(outcome(9, 1e9 + 4, 2, 1)).joined == 0  # in no list: counts and encoder only
     assert learner.learn(outcome(3, 1e9 + 5)).joined == 0
+
+
+def test_an_exposure_counts_when_it_happens_and_its_success_once_when_it_comes() -> None:
+    """The last layer: exposures at once, then a view, the choice and a dwell, each however often it is said."""
+    learner, items = Learner(rows=Rows(), rewards=[("*", "click", 1.0), ("*", "dwell", 1.0)]), [10, 11, 12]
+    layer = learner.model.last_layer
+    learner.learn(impression(1, items, items, 1e9))
+    learner.learn(impression(1, items, items, 1e9))  # said again
+    assert layer.slates == 1
+    assert layer.b[-1] < 0.0  # nothing chosen yet: less than was expected
+    examined = 1.0 + 1.0 / np.log2(3.0) + 0.5
+    assert layer.precision[-1, -1] == pytest.approx(RIDGE + examined)
+    for _ in range(2):
+        learner.learn(entry(12, 1e9 + 1, flags=0, kind=VIEW, slates=(1,)))
+    assert layer.precision[-1, -1] == pytest.approx(RIDGE + examined + 0.5)  # certainly looked at
+    expected = float(layer.b[-1])
+    for _ in range(2):
+        learner.learn(outcome(12, 1e9 + 2, 1))
+    assert layer.b[-1] == pytest.approx(expected + 0.5)  # half of the rewards' weights
+    dwell = entry(12, 1e9 + 3, flags=SHOWN, kind=DWELL, slates=(1,))
+    dwell.value[:] = 60.0
+    for _ in range(2):
+        learner.learn(dwell)
+    assert layer.b[-1] == pytest.approx(expected + 1.0)
+    learner.learn(outcome(99, 1e9 + 4, 1))  # never shown
+    assert layer.b[-1] == pytest.approx(expected + 1.0)
+    assert layer.precision[-1, -1] == pytest.approx(RIDGE + examined + 0.5)
 
 
 def test_the_window_is_bounded_in_stream_time() -> None:
@@ -112,4 +140,5 @@ def test_refill_brings_back_the_window() -> None:
     for slate, held in straight.window.items():
         assert again.window[slate].chosen == held.chosen
         assert again.window[slate].viewed == held.viewed
+        assert again.window[slate].told == held.told
     assert again.learnt == 0
