@@ -70,7 +70,7 @@ def test_an_exposure_counts_when_it_happens_and_its_success_once_when_it_comes()
     for _ in range(2):
         learner.learn(dwell)
     assert layer.b[-1] == pytest.approx(expected + 1.0)
-    learner.learn(outcome(99, 1e9 + 4, 1))  # never shown
+    learner.learn(outcome(50, 1e9 + 4, 1))  # never shown
     assert layer.b[-1] == pytest.approx(expected + 1.0)
     assert layer.precision[-1, -1] == pytest.approx(RIDGE + examined + 0.5)
 
