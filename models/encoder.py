@@ -272,7 +272,9 @@ class Encoder:
 
     def grow(self) -> None:
         """Follow the shared rows."""
-        capacity = self.factors.rows.capacity
+        rows, capacity = self.factors.rows, self.factors.rows.capacity
+        if self.factors.births == rows.births and len(self.squares) >= capacity:
+            return
         if self.factors.grow() or len(self.squares) < capacity:
             self.squares = grown(self.squares, capacity, SQUARE)
             self.bias_squares = grown(self.bias_squares, capacity, SMALL_SQUARE)

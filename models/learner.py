@@ -205,7 +205,8 @@ class Learner:
         """
         places = places_of(held.shown.candidates, held.shown.items[part])
         x = held.shown.features[places].astype(np.float64)
-        return self.model.ranker.last_hidden(x), self.model.calibration.probability(self.model.ranker.score(x))
+        phi, scores = self.model.ranker.seen(x)
+        return phi, self.model.calibration.probability(scores)
 
     def _calibrate(self, held: Held, target: int | None, first: bool, out: Learned) -> None:
         """Learn how probable what was shown was, at a slate's first outcome or as it leaves; correct it at a later one.
@@ -282,8 +283,7 @@ class Learner:
 
     def step_seed(self, entries: Entries) -> int:
         """Return the negatives' seed of a micro-batch, from its first source position and the learner's seed."""
-        first = (int(entries.partition[0]) << 48) ^ (int(entries.offset[0]) << 8) ^ int(entries.index[0])
-        return int(_seed(np.uint64(self.seed), np.uint64(first & 0xFFFFFFFFFFFFFFFF)))
+        return int(_seed(np.uint64(self.seed), entries.partition, entries.offset, entries.index))
 
     def pack_state(self, rows: I64) -> list[bytes]:
         """Return these rows with optimiser state and counts, 368 B each, 400 B where an item has statistics.
@@ -364,7 +364,8 @@ def _check(text: str) -> int:
 
 
 @njit(cache=True)
-def _seed(seed, first):  # type: ignore[no-untyped-def]
+def _seed(seed, partition, offset, index):  # type: ignore[no-untyped-def]
+    first = np.uint64(partition[0]) << np.uint64(48) ^ np.uint64(offset[0]) << np.uint64(8) ^ np.uint64(index[0])
     return mix64(mix64(seed) ^ first)
 
 

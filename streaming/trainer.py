@@ -308,14 +308,15 @@ class Trainer:
         gone = learner.let_go(learner.excess(self._most) if logged is None else logged.gone).tolist()
         rows = learner.take_changed()
         values = learner.pack_state(rows)
-        if logged is None and (refusal := await self._refuse(values, learner.dense_state())) is not None:
+        dense = learner.dense_state() if logged is None else b""
+        if logged is None and (refusal := await self._refuse(values, dense)) is not None:
             return refusal
         _add(self.since, self.done)
         record = logged or self._record(
             sizes=self._sizes, seed=self._step_seed, gone=len(gone),
             skipped=sorted(offset for offset in self.skip if self.committed <= offset < self.next),
         )  # fmt: skip
-        return await self._commit(record, learner.rows.keys[rows].tolist(), values, gone)
+        return await self._commit(record, learner.rows.keys[rows].tolist(), values, gone, dense=dense)
 
     def _record(self, *, sizes: list[int], **more: Any) -> StepRecord:
         return StepRecord(
@@ -325,9 +326,12 @@ class Trainer:
 
     async def _commit(
         self, record: StepRecord, keys: Sequence[int], values: Sequence[bytes], gone: Sequence[int],
-        told: Told | None = None,
+        told: Told | None = None, dense: bytes = b"",
     ) -> StepRecord:  # fmt: skip
-        """Write rows and head; `told` is what serving is to hear, by default these rows, or nothing while pinned."""
+        """Write rows and head; `told` is what serving is to hear, by default these rows, or nothing while pinned.
+
+        dense: the learner's dense state where it was packed for this step already.
+        """
         learner = self.learner
         learner.model.step = record.step
         self.last_record = msgspec.msgpack.encode(record)
@@ -338,7 +342,7 @@ class Trainer:
         if record.pin >= 0:
             self._unpinned, self.pin = self.pin, record.pin
         head = {
-            "next": str(self.next), "step": str(record.step), "dense": learner.dense_state(),
+            "next": str(self.next), "step": str(record.step), "dense": dense or learner.dense_state(),
             "marks": msgspec.json.encode({str(p): o for p, o in sorted(self.marks.items())}),
             "window": _pack_origin(learner.window_origin()), "record": self.last_record, "cluster": self._cluster,
             "pin": str(self.pin), "version": str(self.parent), "turned": str(self.turned), "refused": str(self.refused),

@@ -86,20 +86,24 @@ def _score(x, moments, flat, network, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _last_hidden(x, moments, flat, out):  # type: ignore[no-untyped-def]
-    """Fill out f64[m, F + 33] with normalised features, hidden units and 1."""
+def _last_hidden(x, moments, flat, network, out, scores):  # type: ignore[no-untyped-def]
+    """Fill out f64[m, F + 33] with normalised features, hidden units and 1, and scores f64[m] as `_score` does."""
     m, width = x.shape
     wide = kernels.padded(m)
     z, active = np.empty((width, wide), np.float32), np.empty((HIDDEN, wide), np.float32)
+    said = np.empty(wide, np.float32)
     kernels.columns(x, z)
     kernels.normalise(z, moments[0], moments[1])
-    _network(z, flat, active, np.empty(wide, np.float32))
+    _network(z, flat, active, said)
+    if not network:
+        _linear(z, flat, said)
     for i in range(m):
         for f in range(width):
             out[i, f] = 0.2 * z[f, i]
         for j in range(HIDDEN):
             out[i, width + j] = 0.2 * active[j, i]
         out[i, width + HIDDEN] = 1.0
+        scores[i] = said[i]
 
 
 @njit(cache=True)
@@ -241,9 +245,13 @@ class Ranker:
 
         Normalised features and hidden units, a fifth of each so that they are about 1 at most, and 1.
         """
-        out = np.empty((len(x), LAST))
-        _last_hidden(x, self._moments, self._flat, out)
-        return out
+        return self.seen(x)[0]
+
+    def seen(self, x: F64) -> tuple[F64, F64]:
+        """Return `last_hidden` and `score` of features f64[m, F], of one pass."""
+        out, scores = np.empty((len(x), LAST)), np.empty(len(x))
+        _last_hidden(x, self._moments, self._flat, self.scorer == "network", out, scores)
+        return out, scores
 
     def loosen(self, factor: float) -> None:
         """Let both models learn faster: their sums of squares x factor, at least those of birth."""
