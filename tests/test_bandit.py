@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from models.bandit import BOUND, POLICIES, LastLayer, Policy, draw, item_samples, propensities, shares
 from models.bandit import last_layer as layer_module
 from models.bandit import posterior as p
-from models.bandit.last_layer import FORGETTING, PARTICLES, RIDGE
+from models.bandit.last_layer import FORGETTING, PARTICLES, RIDGE, SCALE
 from models.content.tokens import BUCKETS
 
 F64 = NDArray[np.float64]
@@ -113,7 +113,7 @@ def test_particles_are_a_function_of_item_and_step() -> None:
     one = item_samples(mean, deviation, keys, 7)
     np.testing.assert_array_equal(item_samples(mean[::-1], deviation, keys[::-1], 7)[::-1], one)
     assert not np.array_equal(item_samples(mean, deviation, keys, 8), one)
-    noise = (one - mean[:, None]) / 0.5
+    noise = (one - mean[:, None]) / (SCALE * 0.5)
     assert noise.mean() == pytest.approx(0.0, abs=0.03)
     assert noise.std() == pytest.approx(1.0, abs=0.03)
     correlations = np.asarray(np.corrcoef(noise.T))
@@ -181,7 +181,7 @@ def test_particles_have_the_posterior_mean_and_spread_and_their_step() -> None:
     phi = rng.normal(size=(30, 6))
     draws = np.concatenate([phi @ layer.particles(step) for step in range(200)], axis=1)
     np.testing.assert_allclose(draws.mean(1), phi @ layer.mean(), atol=4.0 * float(draws.std()) / math.sqrt(12_800))
-    np.testing.assert_allclose(draws.std(1), layer.deviations(phi), rtol=0.05)
+    np.testing.assert_allclose(draws.std(1), SCALE * layer.deviations(phi), rtol=0.05)
     np.testing.assert_array_equal(layer.particles(3), layer.particles(3))
 
 

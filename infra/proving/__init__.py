@@ -12,5 +12,7 @@ Files:
     proxy  a TCP proxy that cuts, stalls and half-closes the connections it carries
     quality/  `freshet bench quality`: Freshet beside the references, over a log
     coverage  `freshet bench ope`: do intervals of off-policy evaluation hold a known truth?
+    exploration  `freshet bench exploration`: what does finding out cost and bring, in worlds whose truth is known?
+    exploration_show  its progress, tables and plot
     verbs  what `bench` and `chaos` ask, and what chaos shows
 """

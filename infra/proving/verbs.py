@@ -135,7 +135,8 @@ def bench(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ingest, lookup, freshness: default. Or, alone: overload, soak, quality, ope.", show_default=False
+            help="ingest, lookup, freshness: default. Or, alone: overload, soak, quality, ope, exploration.",
+            show_default=False,
         ),
     ] = None,
     as_json: Json = False,
@@ -146,7 +147,8 @@ def bench(
     backlog: Annotated[int, typer.Option(help="Events that ingest drains.", min=5000, max=5_000_000)] = 200_000,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the memory of soak, or NDCG of quality, into this picture.", show_default=False),
+        typer.Option(help="Draw memory (soak), NDCG (quality) or regret (exploration) into this picture.",
+                     show_default=False),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A log: file or folder, .gz too.", rich_help_panel=QUALITY, show_default=False)
@@ -182,6 +184,7 @@ def bench(
         int,
         typer.Option(help="Events of the freshness curve; 0: none.", min=0, rich_help_panel=QUALITY),
     ] = 20_000,
+    seeds: Annotated[int, typer.Option(help="Worlds that exploration plays.", min=1, max=1000)] = 10,
 ) -> None:  # fmt: skip
     """Measure ingest, lookups and freshness on a private stack, each beside a floor of the same run.
 
@@ -201,6 +204,11 @@ def bench(
       freshet bench quality --data clicks.csv --columns user=uid,item=sku,ts=when --only ours,ease --json
 
     `ope` simulates logs with a known truth: how often do the 95 % intervals of `freshet evaluate` hold it?
+
+    `exploration` plays simulated worlds, stationary, drifting and with an abrupt change, under every policy: regret,
+    good new items found, what a lookup costs, whether propensities are true.
+
+      freshet bench exploration --seeds 10 --json
     """
     if what == ["quality"]:
         from infra.proving.quality.show import quality_verb
@@ -214,6 +222,12 @@ def bench(
 
         with ended_by_signals():
             coverage_verb(as_json=as_json)
+        return
+    if what == ["exploration"]:
+        from infra.proving.exploration_show import exploration_verb
+
+        with ended_by_signals():
+            exploration_verb(seeds, as_json=as_json, picture=plot)
         return
     if what == ["overload"]:
         from infra.proving.overload import overload_verb

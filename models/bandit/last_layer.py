@@ -28,6 +28,8 @@ from models.factors import fitted
 
 PARTICLES: Final = 64
 """Draws of w that a Thompson slate takes its slots from."""
+SCALE: Final = 0.1
+"""Share of a posterior's standard deviation that Thompson draws have: whole ones explored far too long (DECISIONS)."""
 RIDGE: Final = 4.0
 FORGETTING: Final = 1.0 - 1.0 / 5_000.0
 """g: a slate counts for half after about 3,500 others."""
@@ -126,12 +128,12 @@ class LastLayer:
         return spread
 
     def particles(self, step: int) -> F64:
-        """Return draws f64[d, PARTICLES] of w, the same for a state and a step."""
+        """Return draws f64[d, PARTICLES] of w, SCALE of the posterior wide, the same for a state and a step."""
         if self._drawn is None or self._drawn[0] != step:
             mean, inverse = self._solve()
             rng = np.random.Generator(np.random.Philox(key=step))
             noise = rng.standard_normal((len(self.b), PARTICLES))
-            self._drawn = step, mean[:, None] + math.sqrt(self.numbers[1]) * (inverse.T @ noise)
+            self._drawn = step, mean[:, None] + SCALE * math.sqrt(self.numbers[1]) * (inverse.T @ noise)
         return self._drawn[1]
 
     def state(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     greedy         the best mean
     epsilon        the best mean, but a share epsilon of the slots uniformly over the eligible
     softmax        in proportion to exp(score / TEMPERATURE)
-    ucb            the best upper confidence bound, mean + deviation in log-odds (LinUCB)
-    thompson       the best under a draw of the last layer, and of each item's own posterior
+    ucb            the best upper confidence bound, mean + BOUND deviations in log-odds (LinUCB)
+    thompson       the best under a draw of the last layer, and of each item's own posterior, narrowed by SCALE
     thompson-item  the best under a draw of each item's posterior, without the ranker
 
 At each slot an item is chosen among those that no slot above took:
@@ -29,7 +29,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from models.bandit.last_layer import PARTICLES
+from models.bandit.last_layer import PARTICLES, SCALE
 from models.factors import mix64
 
 Policy = Literal["greedy", "epsilon", "softmax", "ucb", "thompson", "thompson-item"]
@@ -37,7 +37,7 @@ POLICIES: Final[tuple[Policy, ...]] = ("greedy", "epsilon", "softmax", "ucb", "t
 UNIFORM: Final = 0.01
 """Share of slots that softmax, ucb and Thompson policies draw uniformly over the eligible."""
 TEMPERATURE: Final = 0.3
-BOUND: Final = 1.0
+BOUND: Final = SCALE
 """Standard deviations that `ucb` adds."""
 SAMPLES: Final[dict[Policy, int]] = {"thompson": PARTICLES, "thompson-item": PARTICLES}
 """Particles of the policies that draw from a posterior; the others have one score."""
@@ -51,13 +51,13 @@ U64 = NDArray[np.uint64]
 
 
 def item_samples(mean: F64, deviation: F64, keys: U64, step: int) -> F64:
-    """Return f64[m, PARTICLES]: N(mean, deviation^2) by item and particle, fixed for the hashes u64[m] and a step.
+    """Return f64[m, PARTICLES]: N(mean, (SCALE deviation)^2) by item and particle, fixed for hashes u64[m] and a step.
 
     mean f64[m], or f64[m, PARTICLES] where each particle has its own.
     """
     out = np.empty((len(keys), PARTICLES))
     out[:] = mean if mean.ndim == 2 else mean[:, None]
-    _shake(keys, _normals(step), deviation, out)
+    _shake(keys, _normals(step), SCALE * deviation, out)
     return out
 
 

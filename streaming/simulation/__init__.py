@@ -5,5 +5,6 @@ Files:
     world      users with known, drifting tastes, and items that appear and age
     titles     titles for its items
     people     its users acting through the public API: the demo
+    trial      Freshet in this process as its recommender, under one policy: `freshet bench exploration`
     scorecard  what its slates were worth: ours, popular, oracle, paired
 """

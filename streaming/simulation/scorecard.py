@@ -115,35 +115,53 @@ class Recommender(Protocol):
         """What the person did; `slate` is None when they found the item by themselves."""
 
 
+class Play:
+    """A world played against a recommender in process, as far as `until` is told; `copy.deepcopy` gives a fork.
+
+    Who comes when is drawn for `seconds` at the start; `card` holds every served slate. A recommender that changes
+    draws from the same streams as before: one for each person's reactions.
+    """
+
+    def __init__(
+        self, world: World, people: Recommender, *, slates_per_s: float, seconds: float, seed: int, n: int = 10,
+        card: Scorecard | None = None,
+    ) -> None:  # fmt: skip
+        rng = np.random.default_rng([seed, 1])
+        self.world, self.people, self.n = world, people, n
+        self.card = card if card is not None else Scorecard([])
+        self._hands = [np.random.default_rng([seed, 2, user]) for user in range(world.users)]
+        self._told = 0
+        self._coming = [
+            (visit.time, k, visit, 0)
+            for k, visit in enumerate(visits(world, slates_per_s=slates_per_s, seconds=seconds, rng=rng))
+        ]
+        heapq.heapify(self._coming)
+
+    def until(self, time: float = np.inf) -> None:
+        """Play all that happens before `time`."""
+        while self._coming and self._coming[0][0] < time:
+            now, k, visit, step = heapq.heappop(self._coming)
+            self.world.advance(now)
+            if self.world.live > self._told:
+                self.people.publish(np.arange(self._told, self.world.live), now)
+                self._told = self.world.live
+            self._one_slate(visit.user, first=step == 0)
+            if step < len(visit.pauses):
+                heapq.heappush(self._coming, (now + visit.pauses[step], k, visit, step + 1))
+
+    def _one_slate(self, user: int, *, first: bool) -> None:
+        world, people, rng = self.world, self.people, self._hands[user]
+        if first and rng.random() < world.parameters.browse:
+            people.observe(user, world.browse(user, rng), None, world.now)
+        ours, popular = people.recommend(user, self.n, world.now), people.popular(user, self.n, world.now)
+        self.card.add(world, user, ours, popular, self.n)
+        people.observe(user, world.react(user, ours, rng), ours, world.now)
+
+
 def play(
     world: World, people: Recommender, *, slates_per_s: float, seconds: float, seed: int, n: int = 10
 ) -> Scorecard:
     """Play the world for `seconds` of its own time against a recommender in process; every served slate is scored."""
-    rng = np.random.default_rng([seed, 1])
-    card = Scorecard([])
-    coming = [
-        (visit.time, k, visit, 0)
-        for k, visit in enumerate(visits(world, slates_per_s=slates_per_s, seconds=seconds, rng=rng))
-    ]
-    heapq.heapify(coming)
-    told = 0
-    while coming:
-        time, k, visit, step = heapq.heappop(coming)
-        world.advance(time)
-        if world.live > told:
-            people.publish(np.arange(told, world.live), time)
-            told = world.live
-        _one_slate(world, people, card, visit.user, first=step == 0, n=n, rng=rng)
-        if step < len(visit.pauses):
-            heapq.heappush(coming, (time + visit.pauses[step], k, visit, step + 1))
-    return card
-
-
-def _one_slate(
-    world: World, people: Recommender, card: Scorecard, user: int, *, first: bool, n: int, rng: np.random.Generator
-) -> None:
-    if first and rng.random() < world.parameters.browse:
-        people.observe(user, world.browse(user, rng), None, world.now)
-    ours, popular = people.recommend(user, n, world.now), people.popular(user, n, world.now)
-    card.add(world, user, ours, popular, n)
-    people.observe(user, world.react(user, ours, rng), ours, world.now)
+    played = Play(world, people, slates_per_s=slates_per_s, seconds=seconds, seed=seed, n=n)
+    played.until()
+    return played.card

@@ -142,7 +142,7 @@ class World:
         vectors = _unit(self.topics[topic] + p.tag_share * _unit(tagged) + noise)
         appeal = p.appeal * rng.standard_normal(BLOCK)
         shelf = np.where(rng.random(BLOCK) < p.evergreen, np.inf, p.shelf_s * np.exp(0.7 * rng.standard_normal(BLOCK)))
-        gaps = rng.exponential(60.0 / (p.arrivals * self.first_items), BLOCK)
+        gaps = rng.exponential(60.0 / (p.arrivals * self.first_items) if p.arrivals else np.inf, BLOCK)
         number = np.arange(first, first + BLOCK)
         early = self.start - p.oldest_s * rng.random(BLOCK)
         latest = max(self.start, float(self.published[-1])) if first > self.first_items else self.start
@@ -190,6 +190,13 @@ class World:
         """How many items are out: the items 0 to live - 1."""
         return self.first_items + int(np.searchsorted(self.published[self.first_items :], self.now, side="right"))
 
+    def break_off(self, rng: np.random.Generator) -> None:
+        """Change everything at once: items swap their appeal, and every person replaces one interest."""
+        self.appeal = rng.permutation(self.appeal)
+        for user in range(self.users):
+            self.interests[user, rng.integers(self.parameters.interests)] = self._pick_topics(1, rng)[0]
+        self._retaste()
+
     # ---- the truth
 
     def attraction(self, user: int, rows: Rows) -> Floats:
@@ -203,6 +210,12 @@ class World:
             chance[np.isin(rows, np.fromiter(known, np.int64, len(known)))] *= p.repeat
         return np.asarray(chance)
 
+    def welcome(self, rows: Rows) -> Floats:
+        """Mean over all people of p(click | looked at) of each item of `rows`, as if new and clicked by nobody."""
+        p = self.parameters
+        logit = p.base + self.bias[:, None] + p.gain * (self.taste @ self.vectors[rows].T) + self.appeal[rows]
+        return np.asarray((1.0 / (1.0 + np.exp(-logit))).mean(axis=0))
+
     def looked_at(self, n: int) -> Floats:
         """p(looked at | position) for the first n positions."""
         return np.asarray(np.arange(1, n + 1) ** -self.parameters.eta)
@@ -210,6 +223,11 @@ class World:
     def expected_clicks(self, user: int, rows: Rows) -> float:
         """Expected clicks of this slate for this person now."""
         return float(self.looked_at(len(rows)) @ self.attraction(user, rows))
+
+    def expected_joy(self, user: int, rows: Rows) -> float:
+        """Expected sum of satisfaction (0 to 1 each) of the clicks on this slate: what dwells and ratings tell of."""
+        joy = np.array([self._satisfaction(user, item) for item in rows.tolist()])
+        return float((self.looked_at(len(rows)) * self.attraction(user, rows)) @ joy)
 
     def oracle(self, user: int, n: int, exclude: frozenset[int] = frozenset()) -> Rows:
         """The best slate there is: the n most attractive live items, best first."""
