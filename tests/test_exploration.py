@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from infra.proving import exploration as x
-from models.bandit import POLICIES, propensities
+from models.bandit import POLICIES, Policy, propensities
 from streaming.simulation.scorecard import Play
 from streaming.simulation.trial import Trial
 from streaming.simulation.world import Outcome, Rows, World
@@ -108,7 +108,8 @@ def test_wrong_propensities_are_found_and_true_ones_are_not(played: Play) -> Non
 
 def test_the_report_has_every_figure_and_says_what_was_reached() -> None:
     told: list[str] = []
-    presets, policies = ("stationary", "drifting"), ("greedy", "epsilon", "thompson")
+    presets = ("stationary", "drifting")
+    policies: tuple[Policy, ...] = ("greedy", "epsilon", "thompson")
     report = x.measure([1, 2], size=SMALL, presets=presets, policies=policies, slates=100, advance=told.append)
     assert len(told) == 2 * (2 * 3 + 1) + 1
     for preset in presets:
