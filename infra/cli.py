@@ -79,7 +79,8 @@ def _explains_itself(error: Exception) -> bool:
              ("infra.proving.bench", "BenchError"), ("infra.proving.chaos", "ChaosError"),
              ("serving.keys", "KeysError"), ("streaming.state", "StoredBytesError"),
              ("streaming.kafka.address", "AddressError"), ("models.ope", "OpeError"),
-             ("infra.evaluating.open_bandit", "BanditLogError"))  # fmt: skip
+             ("infra.evaluating.open_bandit", "BanditLogError"),
+             ("streaming.replay.exports", "ExportError"))  # fmt: skip
     kinds = [getattr(sys.modules[module], name, None) for module, name in known if module in sys.modules]
     return isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
 
@@ -164,7 +165,9 @@ def _welcome(screen: Console, stack: Any) -> None:
 @app.command(rich_help_panel=LEARN)
 def replay(
     path: Annotated[Path, typer.Argument(help="A log: file or folder, .gz too.")],
-    form: Annotated[str, typer.Option("--format", help="movielens, movietweetings, online-retail, kuairand.")] = "csv",
+    form: Annotated[
+        str, typer.Option("--format", help="movielens, movietweetings, online-retail, kuairand, freshet (an export).")
+    ] = "csv",
     columns: Annotated[
         str,
         typer.Option(

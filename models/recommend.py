@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from models import values
 from models.bandit import BOUND, FIRST, SAMPLES, Policy, draw, item_samples
+from models.bandit import propensities as chances
 from models.decay import NAMES, blend, scan
 from models.examples import AVERSE, TALLY, Shown, item_hash
 from models.factors import mix64
@@ -33,6 +34,7 @@ from models.retrieval import (
     CONTEXT,
     FRESH,
     NOT_EXPLORING,
+    NOT_FOUND,
     POPULAR,
     POPULAR_NOW,
     QUOTAS,
@@ -240,6 +242,47 @@ def score_items(items: Items, model: Model, history: History, request: Request, 
     _, said = _rank(items, model, viewer, _judge(items, history, viewer), request, rows, q, frame, place)
     scores: F64 = heads.total(said, request.weights)[of]
     return scores
+
+
+def as_served(items: Items, model: Model, history: History, request: Request, shown: U64) -> Slate:
+    """Return a slate of a log, distinct items with hashes u64[k], as this state of the model would have drawn it.
+
+    propensities f32[k]: how probable its policy makes each item, given those above, 0 for one that it does not
+    retrieve, which it takes for not having been there; candidates are what it retrieves, then what it does not.
+    """
+    spare = items.rows.spare()
+    items.grow()
+    model.grow()
+    n, frame = items.n, items.popularity.at(request.now)
+    viewer, blocked = _viewer(items, history, request), blocked_rows(items, history, request)
+    q, place = model.factors.encode(viewer.history), np.full(items.rows.capacity, -1, np.int32)
+    rows, channels, places, _ = gather(
+        n, items.arrays(), blocked, frame[0], blends(model.mixture, frame[1], frame[2], max(float(n), 1.0)), viewer,
+        model.factors.vectors, model.factors.bias, q, QUOTAS if request.first > 0.0 else NOT_EXPLORING, place,
+    )  # fmt: skip
+    m, asked = len(rows), items.rows.find(shown)
+    asked[asked < 0] = spare
+    ranked = np.concatenate((rows, np.setdiff1d(asked, rows)))
+    x, said = _rank(items, model, viewer, _judge(items, history, viewer), request, ranked, q, frame, place)
+    place[ranked] = np.arange(len(ranked))
+    at = place[asked].astype(np.int64)
+    inside, other = at < m, at[at >= m]
+    propensities = np.zeros(len(shown), np.float32)
+    propensities[inside] = chances(
+        drawn_scores(items, model, request, rows, x[:m], said[:m]), request.policy, at[inside],
+        epsilon=request.epsilon, first=request.first, exploring=exploring(items, rows),
+    )  # fmt: skip
+    each, scores = np.concatenate((np.arange(m), other)), heads.total(said, request.weights).astype(np.float32)
+    candidates = np.concatenate((items.rows.keys[rows], shown[~inside]))
+    found = np.concatenate((channels, np.zeros(len(other), np.uint8)))
+    unfound = np.full((len(other), places.shape[1]), NOT_FOUND, np.uint16)
+    own = np.where(inside, at, m + np.cumsum(~inside) - 1)
+    return Slate(
+        request=request, step=model.step, rows=asked, items=shown, scores=scores[at], channels=found[own],
+        propensities=propensities, reasons=[], candidates=candidates, candidate_scores=scores[each],
+        candidate_channels=found, places=np.concatenate((places, unfound)),
+        features=x[each if request.keep_candidates else at].astype(np.float16),
+    )  # fmt: skip
 
 
 def blocked_rows(items: Items, history: History, request: Request) -> U8:

@@ -1,4 +1,8 @@
-"""`freshet evaluate` in a terminal: options, the table and what it cannot show; the work is done in compare.py."""
+"""`freshet evaluate` in a terminal: options, the table and what it cannot show.
+
+The work is done in compare.py for logs of bandits and in own_log.py for one's own; verbs about one's own log are in
+own_verbs.py.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,18 @@ NAMES = {
 
 
 def evaluate(
-    log: Annotated[Path, typer.Option(help="Folder of Open Bandit files, POLICY-CAMPAIGN.csv or .csv.gz.")],
-    source: Annotated[str, typer.Option("--from", help="Policy whose log is used.")],
-    target: Annotated[str, typer.Option("--to", help="Policy that is evaluated; its own log is the check.")],
+    log: Annotated[
+        Path,
+        typer.Option(help="Folder that `freshet export` wrote, or of Open Bandit: POLICY-CAMPAIGN.csv(.gz)."),
+    ],
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Changed settings (TOML) to evaluate on an export.", show_default=False),
+    ] = None,
+    source: Annotated[str, typer.Option("--from", help="Open Bandit: policy whose log is used.")] = "",
+    target: Annotated[
+        str, typer.Option("--to", help="Open Bandit: policy that is evaluated; its own log is the check.")
+    ] = "",
     campaign: Annotated[str, typer.Option(help="Campaign of the files: men, women, all.")] = "men",
     clip: Annotated[
         float | None,
@@ -29,11 +42,21 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap, of folds and of replay.", min=0)] = 1,
     as_json: Json = False,
 ) -> None:
-    """What would another policy have earned? Estimate it from a log, and check it against what that one did earn.
+    """What would another policy have earned? Estimate it from a log, of your own or of Open Bandit.
 
-    From the log of one policy, with the probability of everything it showed, this estimates the click rate of another,
-    which is taken to show each item at each position as often as its own log does. That log then says what the answer
-    should have been; `difference` is estimate minus truth, with the noise of both logs.
+      freshet export slates events items --out log
+      freshet evaluate --log log --policy candidate.toml       # candidate.toml: epsilon = 0.1
+
+    Your own log is replayed through the very code under the settings of the file; each shown position weighs as much
+    as these settings make its item likelier than the log did, given those above it (`position`: what a position earns
+    is taken as independent of the others; `slate` assumes nothing and needs far more slates). `difference` is what
+    they would have earned minus what the log earned, on the same rows, with a 95 % interval over users: `better`,
+    `worse`, `no difference shown`, or `no overlap`, where the log cannot say. A greedy log never can: it shows nothing
+    else. Rewards are those of the export. What a lookup excluded or filtered is not logged.
+
+    Open Bandit: from the log of one policy, with the probability of everything it showed, this estimates the click
+    rate of another, which is taken to show each item at each position as often as its own log does. That log then says
+    what the answer should have been; `difference` is estimate minus truth, with the noise of both logs.
 
       freshet evaluate --log open-bandit --campaign men --from random --to bts
       freshet evaluate --log open-bandit --campaign women --from bts --to random --json
@@ -42,10 +65,22 @@ def evaluate(
     disagrees   it does not
     no overlap  fewer than 500 effective rows: the log cannot say, and no number is given
 
-    Intervals are for rare clicks (`freshet bench ope` measures how often they hold the truth). So few of them show
+    Those intervals are for rare clicks (`freshet bench ope` measures how often they hold the truth). So few show
     little: of 10,000 rows with 46 to 69 clicks each side, a click rate must be off by 70 % (men, random to bts) to
     120 % (men, bts to random) before four of five such pairs of logs show it; `detectable` says it for those at hand.
     """
+    if policy is not None:
+        if source or target or clip is not None or campaign != "men":
+            fail(
+                "--policy: goes with --log, --seed and --json; --from, --to, --campaign, --clip are Open Bandit's",
+                2,
+            )
+        from infra.evaluating.own_verbs import evaluate_own
+
+        evaluate_own(log, policy, seed, as_json=as_json)
+        return
+    if not source or not target:
+        fail("expected --policy FILE with an export, or --from and --to with Open Bandit files, got neither", 2)
     from infra.evaluating.compare import compare
     from infra.evaluating.open_bandit import read_bandit_log
 
@@ -119,5 +154,8 @@ def _ends(row: dict[str, Any], sign: str = "") -> str:
 
 
 def add(app: typer.Typer) -> None:
-    """Add this verb to the console command."""
+    """Add the verbs of this package to the console command."""
+    from infra.evaluating import own_verbs
+
     app.command("evaluate", rich_help_panel=LEARN)(evaluate)
+    own_verbs.add(app)

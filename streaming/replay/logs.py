@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Final
 
 from streaming.events import Action, Click, Dwell, Interaction, Rating, View, decode, encode
+from streaming.replay import exports
 from streaming.replay.catalogue import COLUMNS as DESCRIBING
 from streaming.replay.catalogue import Catalogue
 
-FORMATS: Final = ("movielens", "movietweetings", "online-retail", "kuairand", "csv")
+FORMATS: Final = ("movielens", "movietweetings", "online-retail", "kuairand", "csv", "freshet")
 EXCLUSIONS: Final = {
     "movielens": "seen", "movietweetings": "seen", "online-retail": "invoice", "kuairand": "none", "csv": "none",
+    "freshet": "none",
 }  # fmt: skip
 """What a format leaves out of a slate by default."""
 TARGET, HATED, FOLLOWS = 1, 0, -1
@@ -79,6 +81,7 @@ def read_log(path: Path, form: str, columns: Mapping[str, str] | None = None, li
     try:
         {
             "movielens": _movielens, "movietweetings": _movietweetings, "online-retail": _retail, "kuairand": _kuairand,
+            "freshet": _export,
         }.get(form, lambda f, g: _csv(f, g, columns or {}))(file, log)  # fmt: skip
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ReplayError(f"{file}: expected a gzip file, got something else ({error})") from error
@@ -113,6 +116,11 @@ def roles(events: Iterable[Interaction]) -> list[int]:
 
 
 def _file(path: Path, form: str) -> Path:
+    if path.is_dir() and form == "freshet":
+        try:
+            path = exports.find(path, "events") or path / "events.csv"
+        except exports.ExportError as error:
+            raise ReplayError(str(error)) from error
     names = {
         "movielens": "ratings.csv", "movietweetings": "ratings.dat", "online-retail": "online-retail.csv",
         "kuairand": "interactions.tsv",
@@ -310,6 +318,19 @@ def _csv(file: Path, log: ReplayLog, columns: Mapping[str, str]) -> None:
                 described[event.item_id] = (event.ts, where, row)
     for item_id, (_, where, row) in described.items():
         log.catalogue.columns(where, item_id, row)
+
+
+def _export(file: Path, log: ReplayLog) -> None:
+    """Read the events that `freshet export` wrote, and the catalogue beside them, where there is one."""
+    try:
+        for _, event in exports.events(file, log.reject):
+            event.event_id = None  # each was applied once
+            log.events.append(event)
+            log.baskets.append("")
+        if (beside := exports.find(file.parent, "items")) is not None:
+            log.catalogue.items.update((item.item_id, item) for _, item in exports.items(beside))
+    except exports.ExportError as error:
+        raise ReplayError(str(error)) from error
 
 
 def _finite(texts: Iterable[str]) -> list[float]:

@@ -20,13 +20,15 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.settings import EVENT_WEIGHTS, Weight
 from models import metrics
 from models.decay import GRID
 from models.examples import Entries, item_hash
 from models.items import Items, context_keys
 from models.learner import Learner
 from models.profile import unpack
-from models.recommend import NONE, History, Request, Slate, blocked_rows, recommend, score_items
+from models.ranker.heads import head_weights
+from models.recommend import NONE, History, Request, Slate, blocked_rows, recommend, samples, score_items
 from models.retrieval import CHANNELS, NOT_FOUND, ranks
 from models.rows import Rows
 from streaming.events import Click, Event, Interaction, Weights, catalogue_item, impression, item_key
@@ -41,6 +43,20 @@ Protocol = Literal["line", "basket"]
 NEVER_SEEN: Final = np.nan
 NOWHERE: Final = np.full(len(CHANNELS), NOT_FOUND)
 F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The settings that a replay sees, as in infra/settings.py; by default all candidates of each slate are logged."""
+
+    event_weights: tuple[Weight, ...] = EVENT_WEIGHTS
+    head_weights: tuple[tuple[str, float], ...] = ()
+    rewards: tuple[tuple[str, str, float], ...] = ()
+    feature_share: float = 1.0
+    first_share: float = 0.0
+
+
+DEFAULTS: Final = Chosen()
 
 
 @dataclass(slots=True)
@@ -72,21 +88,22 @@ class Replay:
     """The whole system in one process, without transports: profiles, items, learner.
 
     seed: the learner's; exclusion: what a slate leaves out; judging: also score each event's item by itself; catalogue:
-    what is said of the items.
+    what is said of the items; chosen: settings other than the defaults.
     """
 
     def __init__(
         self, *, seed: int = 1, exclusion: Exclusion = "none", judging: bool = False,
-        catalogue: Catalogue | None = None,
+        catalogue: Catalogue | None = None, chosen: Chosen = DEFAULTS,
     ) -> None:  # fmt: skip
         self.undescribed = dict((catalogue or Catalogue()).items)
         """Catalogue entries of items that no event was folded of yet."""
         self.rows = Rows()
         self.items = Items(rows=self.rows)
-        self.learner = Learner(rows=self.rows, seed=seed)
+        self.learner = Learner(rows=self.rows, seed=seed, rewards=chosen.rewards)
         self.exclusion, self.judging = exclusion, judging
         self.store = MemoryUserStore()
-        self.fold = UserFold(Weights())
+        self.fold = UserFold(Weights(chosen.event_weights))
+        self.chosen, self._weights = chosen, head_weights(chosen.head_weights)
         self.trail = Trail()
         self._offset = 0
         self._basket: dict[str, list[int]] = {}
@@ -143,10 +160,12 @@ class Replay:
         return History.of(view)
 
     def _request(self, event: Interaction, exclude: NDArray[np.uint64]) -> Request:
+        slate_id = f"replay-{self._offset}"
         return Request(
-            slate_id=f"replay-{self._offset}", now=event.ts, policy="greedy", keep_candidates=True,
+            slate_id=slate_id, now=event.ts, policy="greedy",
+            keep_candidates=samples(slate_id, self.chosen.feature_share),
             seen="exclude" if self.exclusion == "seen" else "include", exclude=exclude,
-            context=context_keys(event.context or {}),
+            context=context_keys(event.context or {}), first=self.chosen.first_share, weights=self._weights,
         )  # fmt: skip
 
     def _note(self, event: Interaction, history: History, request: Request, slate: Slate) -> None:
