@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from models.bandit import POLICIES, Policy, RewardTable, draw, propensities
+from models.bandit import POLICIES, SAMPLES, Policy, RewardTable, draw, propensities
 from streaming.simulation.scorecard import Entry, Play, Scorecard
 from streaming.simulation.trial import Trial
 from streaming.simulation.world import PARAMETERS, Parameters, Rows, World
@@ -209,14 +209,20 @@ def looked_up(played: Play, size: Size = SIZE) -> dict[str, float]:
 
 
 def propensity_ps(played: Play, slates: int = SLATES) -> dict[str, float]:
-    """Return each policy's p, from the first CANDIDATES candidates of one person."""
+    """Return each policy's p, from the first CANDIDATES candidates of one person.
+
+    Of what draws from particles also with noise of 1 between them, `at odds`: those of a settled model may all agree.
+    """
     people = copy.deepcopy(played).people
     assert isinstance(people, Trial)
-    now = played.world.now
-    return {
-        policy: propensity_p(*people.drawn_from(0, now, policy, CANDIDATES), policy, slates=slates)
-        for policy in POLICIES
-    }
+    out, rng = dict[str, float](), np.random.default_rng(HELD_OUT)
+    for policy in POLICIES:
+        scores, exploring = people.drawn_from(0, played.world.now, policy, CANDIDATES)
+        out[policy] = propensity_p(scores, exploring, policy, slates=slates)
+        if policy in SAMPLES:
+            at_odds = scores + rng.standard_normal(scores.shape)
+            out[f"{policy}, at odds"] = propensity_p(at_odds, exploring, policy, slates=slates)
+    return out
 
 
 # ---- the report
@@ -337,6 +343,6 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
             out.append({"name": name, "wanted": most, **found, "reached": found["mean"] <= most})
     if report["propensity_p"] is not None:
         p = report["propensity_p"]
-        out.append({"name": "propensities: smallest p, times the policies", "wanted": 0.001, "mean": p,
+        out.append({"name": "propensities: smallest p, times the checks", "wanted": 0.001, "mean": p,
                     "low": None, "high": None, "reached": p > 0.001})  # fmt: skip
     return out
