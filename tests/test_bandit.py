@@ -170,7 +170,7 @@ def test_ten_million_updates_lose_nothing() -> None:
 
 def _repeat(layer: LastLayer, phi: F64, expected: F64, examined: F64, times: int) -> None:
     for _ in range(times):
-        layer_module._expose(layer.precision, layer.b, phi, expected, examined, FORGETTING, RIDGE)
+        layer_module._expose(layer.precision, layer.b, layer.numbers, phi, expected, examined, FORGETTING, RIDGE, 1e-3)
 
 
 def test_particles_have_the_posterior_mean_and_spread_and_their_step() -> None:

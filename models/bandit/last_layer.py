@@ -41,16 +41,38 @@ F64 = NDArray[np.float64]
 
 
 @njit(cache=True)
-def _expose(precision, b, phi, expected, examined, forgetting, ridge):  # type: ignore[no-untyped-def]
-    """Forget once, then count k exposures without reward."""
-    d = len(b)
-    for i in range(d):
-        for j in range(i + 1):
-            precision[i, j] *= forgetting
-        precision[i, i] += (1.0 - forgetting) * ridge
-        b[i] *= forgetting
+def _expose(precision, b, numbers, phi, expected, examined, forgetting, ridge, slowest):  # type: ignore[no-untyped-def]
+    """Forget once, then count the exposures that are finite, without reward; returns whether there was one.
+
+    Row by row of A, each exposure after another: the matrix is gone through once.
+    """
+    kept, spread = 0, 0.0
+    sane = np.zeros(len(phi), np.bool_)
     for k in range(len(phi)):
-        _add(precision, b, phi[k], examined[k], -examined[k] * expected[k])
+        total = expected[k]
+        for j in range(len(b)):
+            total += phi[k, j]
+        sane[k] = abs(total) < np.inf
+        if sane[k]:
+            kept += 1
+            spread += expected[k] * (1.0 - expected[k])
+    if kept == 0:
+        return False
+    for i in range(len(b)):
+        row = precision[i, : i + 1]
+        for j in range(i + 1):
+            row[j] *= forgetting
+        row[i] += (1.0 - forgetting) * ridge
+        b[i] *= forgetting
+        for k in range(len(phi)):
+            scaled = examined[k] * phi[k, i]
+            if sane[k] and scaled != 0.0:
+                for j in range(i + 1):
+                    row[j] += scaled * phi[k, j]
+                b[i] -= scaled * expected[k]
+    numbers[0] += 1.0
+    numbers[1] += max(1.0 / (numbers[0] + 50.0), slowest) * (spread / kept - numbers[1])
+    return True
 
 
 @njit(cache=True)
@@ -87,16 +109,10 @@ class LastLayer:
 
         What is not finite is left out.
         """
-        keep = np.isfinite(phi).all(1) & np.isfinite(expected)
-        if not keep.all():
-            phi, expected, examined = phi[keep], expected[keep], examined[keep]
-        if not len(phi):
-            return
-        _expose(self.precision, self.b, phi, expected, examined, FORGETTING, RIDGE)
-        self.numbers[0] += 1.0
-        rate = max(1.0 / (self.numbers[0] + 50.0), SLOWEST)
-        self.numbers[1] += rate * (float((expected * (1.0 - expected)).mean()) - self.numbers[1])
-        self._solved = self._drawn = None
+        if _expose(
+            self.precision, self.b, self.numbers, phi, expected, examined, FORGETTING, RIDGE, SLOWEST
+        ):  # fmt: skip
+            self._solved = self._drawn = None
 
     def succeed(self, phi: F64, expected: float, examined: float, reward: float, *, first: bool = True) -> None:
         """Count the reward of an exposure f64[d] that was counted as `examined` when it happened.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -56,7 +57,9 @@ def _worth(kind: int, value: float, weight: float) -> float:
     return max(weight, 0.0) if kind == ACTION else 1.0
 
 
+@lru_cache(maxsize=256)
 def examination(k: int) -> F64:
     """Return how surely each of k positions is looked at where nobody says so: the discount of DCG, f64[k]."""
     usual: F64 = 1.0 / np.log2(np.arange(2.0, k + 2.0))
+    usual.flags.writeable = False  # one array for everybody
     return usual
