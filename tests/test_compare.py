@@ -17,7 +17,7 @@ from infra.cli import app
 from infra.evaluating.candidate import chosen, read_candidate
 from infra.evaluating.export import Files
 from infra.evaluating.labels import event_row
-from infra.evaluating.own_log import LoggedReplay, OwnLog, difference, judge, read_own_log, run
+from infra.evaluating.own_log import LoggedReplay, OwnLog, difference, judge, read_own_log, run, slate_weights
 from infra.evaluating.paired import compare
 from infra.settings import Settings, SettingsError
 from models import ope
@@ -44,13 +44,13 @@ def rates(user: int) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 @cache
-def live(slates: int, seed: int, *, come_back: bool = True, **given: Any) -> OwnLog:
+def live(slates: int, world: int, *, come_back: bool = True, **given: Any) -> OwnLog:
     """Run these settings in a small world and return what an export of it would hold.
 
     Users who come back have seen the best items before, which are not shown again: what a policy shows now costs it
     later. No estimate from a log can know that; where everybody comes once it need not.
     """
-    how, rng, log = settings(**given), np.random.default_rng(seed), OwnLog()
+    how, rng, log = settings(**given), np.random.default_rng(world), OwnLog()
     replay, at = LoggedReplay(how), 0
 
     def put(thing: Any) -> None:
@@ -75,7 +75,7 @@ def live(slates: int, seed: int, *, come_back: bool = True, **given: Any) -> Own
         slate = recommend(
             replay.items, replay.learner.model, history,
             Request(
-                f"s{seed}-{k}", ts, n=LONG, policy=how.policy_of("home"), epsilon=how.epsilon, first=how.first_share,  # type: ignore[arg-type]
+                f"s{world}-{k}", ts, n=LONG, policy=how.policy_of("home"), epsilon=how.epsilon, first=how.first_share,  # type: ignore[arg-type]
                 keep_candidates=True,
             ),
         )  # fmt: skip
@@ -83,7 +83,7 @@ def live(slates: int, seed: int, *, come_back: bool = True, **given: Any) -> Own
         clicked = rng.random(len(ids)) < rates(user)[[int(name[1:]) for name in ids]]
         shown = zip(ids, slate.propensities.tolist(), clicked.tolist(), strict=True)
         served = Served(
-            f"s{seed}-{k}", ts, f"u{user}", "home", slate.impression().policy, True, (0.0, 0, 0),
+            f"s{world}-{k}", ts, f"u{user}", "home", slate.impression().policy, True, (0.0, 0, 0),
             [Position(name, p, float(hit)) for name, p, hit in shown],
         )  # fmt: skip
         put(served)
@@ -123,7 +123,8 @@ def test_the_logging_policy_itself_weighs_one_and_changes_nothing() -> None:
     np.testing.assert_array_equal(np.array(rows.evaluation), np.array(rows.logging))
     told = judge(rows)
     assert told["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert "expected 500" in told["slate"]["reason"]
+    assert told["estimates"]["position"]["value"] == 0.0
+    assert "expected 500" in told["estimates"]["slate"]["reason"]
     assert told["verdict"] == "no difference shown"
     assert told["effective_sample_size"] == pytest.approx(2000)
 
@@ -148,8 +149,25 @@ def test_an_epsilon_log_tells_what_less_exploration_would_earn() -> None:
     noise = 1.96 * float(np.sqrt(ran * (1.0 - ran) / (600 * LONG)))
     assert abs(ran - own - apart["value"]) < np.hypot(apart["value"] - apart["low"], noise)
     assert told["overlap"]["mean_weight"] == pytest.approx(1.0, abs=0.05)
-    worse = judge(run(log, settings(epsilon=0.9)))
+    worse = judge(run(log, settings(epsilon=0.55)))
     assert worse["verdict"] == "worse"
+
+
+def test_only_drawing_otherwise_is_told_from_a_log_of_another_state_of_the_model() -> None:
+    """The learner that served was another one, so that its best item often is not the replay's."""
+    log = live(400, 3, epsilon=0.4, seed=9)
+    alone = judge(run(log, settings(epsilon=0.1)))
+    assert alone["verdict"] == ope.NO_OVERLAP
+    present, less = settings(epsilon=0.4), settings(epsilon=0.1)
+    told = judge(run(log, less, present))
+    assert told["redrawn_slates"] == 400
+    truth = expected(log, settings(epsilon=0.1, seed=9)) - mean_reward(log)
+    assert told["difference"]["low"] < truth < told["difference"]["high"]
+    assert truth < told["estimates"]["position"]["low"]  # what was left for lower positions flatters it
+    assert judge(run(log, present, present))["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    wrong = judge(run(log, less, settings(epsilon=0.2)))
+    assert wrong["verdict"] == ope.NO_OVERLAP
+    assert "--logged" in wrong["reason"]
 
 
 def test_a_greedy_log_says_nothing() -> None:
@@ -157,6 +175,13 @@ def test_a_greedy_log_says_nothing() -> None:
     assert told["verdict"] == ope.NO_OVERLAP
     assert told["difference"]["value"] is None
     assert told["reason"].startswith("all 120 slates were drawn greedily")
+
+
+def test_weights_of_slates() -> None:
+    weights, effective = slate_weights(np.array([2.0, 0.5, 1.0, 3.0]), np.array([0, 0, 1, 1]))
+    np.testing.assert_allclose(weights["cascade"], [2 / 1.5, 0.5, 1 / 1.5, 1.5])
+    np.testing.assert_allclose(weights["slate"], [1.0, 1.0, 3.0, 3.0])
+    assert effective["slate"] == pytest.approx(16 / 10)
 
 
 def test_a_candidate_that_shows_other_things_has_no_overlap() -> None:
@@ -285,15 +310,15 @@ def test_the_verb_evaluates_an_export(tmp_path: Path, toml: Callable[..., Path])
     folder = saved(live(400, 1, epsilon=0.4), tmp_path / "log")
     again = read_own_log(folder)
     assert [order for order, _ in again.things] == [order for order, _ in live(400, 1, epsilon=0.4).things]
-    same = toml("epsilon = 0.4\nfirst_share = 0.0\nfeature_share = 1.0")
-    report = told("evaluate", "--log", folder, "--policy", same, "--json")
-    assert report["difference"]["value"] == pytest.approx(0.0, abs=1e-12)
+    same = toml("epsilon = 0.4\nfirst_share = 0.0\nfeature_share = 1.0", "present.toml")
+    report = told("evaluate", "--log", folder, "--policy", same, "--logged", same, "--json")
+    assert report["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert report["policy"] == {"epsilon": 0.4, "first_share": 0.0, "feature_share": 1.0}
-    less = toml("epsilon = 0.1\nfirst_share = 0.0\nfeature_share = 1.0")
-    shown = told("evaluate", "--log", folder, "--policy", less)
+    shown = told("evaluate", "--log", folder, "--policy", toml("epsilon = 0.1"), "--logged", same)
     assert "epsilon = 0.1" in shown
+    assert "the scores of 400 slates are the log's" in shown
     assert "better" in shown
-    assert "does not depend on the other positions" in " ".join(shown.split())
+    assert "does not depend on those below it" in " ".join(shown.split())
 
 
 def test_the_verb_compares(tmp_path: Path, toml: Callable[..., Path]) -> None:

@@ -173,7 +173,8 @@ def values(path: Path, schema: Schema) -> list[dict[str, Any]]:
 
 def the_export_replays(settings: Settings, tmp_path: Path) -> None:
     log = read_log(tmp_path / "out", "freshet")
-    assert len(log.events) == 11
+    assert len(log.events) == 10
+    assert sum(log.dropped.values()) == 1  # the view
     assert log.catalogue.items["a"].title == "Alpha"
     assert [type(event).__name__ for event in log.events].count("Dwell") == 2
     assert next(e for e in log.events if isinstance(e, Rating)).scale == (1.0, 5.0)

@@ -8,6 +8,7 @@ Files, in the order of a request:
     export       `freshet export`: the log as tables of slates, events and items
     candidate    settings in a TOML file: which ones a replay can see
     own_log      an export judged under changed settings
+    redrawing    another epsilon's draws from the scores that the log was served with
     paired       `freshet compare`: one log through two configurations
     own_verbs    the verbs about one's own log: what they ask and show
     verb         `freshet evaluate`: what it asks and what it shows

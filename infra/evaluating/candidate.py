@@ -17,8 +17,12 @@ DRAWING: Final = ("policy", "epsilon")
 """What changes how slates are drawn, which a replay that ranks the whole catalogue never does."""
 
 
-def read_candidate(path: Path, *, drawing: bool) -> tuple[Settings, dict[str, Any]]:
-    """Return the settings of a file (the others: environment, then defaults) and what it names; raises SettingsError.
+def read_candidate(
+    path: Path, *, drawing: bool, present: Settings | None = None
+) -> tuple[Settings, dict[str, Any]]:  # fmt: skip
+    """Return the settings of a file and what it names; raises SettingsError.
+
+    Others are those of `present`, without it those of the environment, then the defaults.
 
     drawing: whether slates are drawn, so that the settings of policies count.
     """
@@ -31,7 +35,8 @@ def read_candidate(path: Path, *, drawing: bool) -> tuple[Settings, dict[str, An
     seen = (*RANKING, *DRAWING) if drawing else RANKING
     _refuse(path, list(given), seen)
     try:
-        settings = Settings.load(running=False, **given)
+        others = {} if present is None else {name: getattr(present, name) for name in seen}
+        settings = Settings.load(running=False, **{**others, **given})
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from None
     return settings, {name: getattr(settings, name) for name in given}

@@ -3,15 +3,19 @@
 The export is replayed through the very code, in the order of the log. At each slate the candidate, having learnt what
 came before, is asked how probable it makes each shown item given those above; then the slate as it was shown and its
 outcomes are learnt. The weights candidate / logged are true whatever was learnt live: the candidate is a policy of its
-own. Rewards are the export's. Knows nothing of files and terminals.
+own. Where it ranks as the log did and only draws otherwise, the scores are those of the log (redrawing.py). Rewards
+are the export's. What is estimated are other slates at the moments of the log, not what users would come to in time.
+Knows nothing of files and terminals.
 
-    position  weight of a row: that of its item given those above. Takes what a position earns as independent of the
-              other positions, and what stands above it as the log had it. The headline
+    cascade   weight of a row: the product of those of the items down to it. Takes what a position earns as independent
+              of what stands below it. The headline
+    position  weight of a row: that of its item alone, given those above. Also takes what is above as the log had it,
+              which favours less exploration where lower positions live on what was left for them
     slate     weight of a slate: the product over its positions. Assumes nothing; too few effective slates as a rule
 
-Both self-normalised; the log's own mean is taken on the same rows, so that the difference is paired; users are drawn
-together. Li, Chen, Kleban, Gupta: Counterfactual estimation and optimization of click metrics (WWW 2015); Li, Abbasi-
-Yadkori, Kveton, Muthukrishnan, Vinay, Wen: Offline evaluation of ranking policies with click models (KDD 2018).
+All self-normalised; the log's own mean is taken on the same rows, so that the difference is paired; users are drawn
+together. McInerney, Brost, Chandar, Mehrotra, Carterette: Counterfactual evaluation of slate recommendations with
+sequential reward interactions (KDD 2020).
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from infra.evaluating.candidate import chosen
-from infra.evaluating.compare import estimate_report
+from infra.evaluating.redrawing import only_draws, redrawn
 from infra.settings import Settings
 from models import ope
 from models.bandit import Policy
@@ -44,7 +48,7 @@ I64 = NDArray[np.int64]
 BETTER, WORSE, SAME = "better", "worse", "no difference shown"
 USERS: Final = 20
 """Fewer users than this are drawn again too coarsely for an interval."""
-ESTIMATORS: Final = ("snips", "ips", "clipped")
+HEADLINE: Final = "cascade"
 Order = tuple[float, int, int]
 """(time recorded, partition, offset): the order of a log, in which each partition keeps its own."""
 
@@ -61,7 +65,11 @@ class OwnLog:
 
 @dataclass(slots=True)
 class Rows:
-    """Shown positions, as lists of one length; greedy: slates left out, for the log could not have shown others."""
+    """Shown positions, as lists of one length; greedy: slates left out, for the log could not have shown others.
+
+    redrawn: slates whose scores are taken from the log; off: positions of these whose logged probability is not what
+    the present settings would give.
+    """
 
     reward: list[float] = field(default_factory=list)
     logging: list[float] = field(default_factory=list)
@@ -70,6 +78,8 @@ class Rows:
     slate: list[int] = field(default_factory=list)
     greedy: int = 0
     slates: int = 0
+    redrawn: int = 0
+    off: int = 0
 
 
 def read_own_log(log: Path) -> OwnLog:
@@ -94,11 +104,15 @@ def read_own_log(log: Path) -> OwnLog:
 
 
 class LoggedReplay(Replay):
-    """A replay that learns the slates of a log as they were shown, not slates of its own."""
+    """A replay that learns the slates of a log as they were shown, not slates of its own.
 
-    def __init__(self, settings: Settings) -> None:
+    present: the settings under which the log was made, where they are known.
+    """
+
+    def __init__(self, settings: Settings, present: Settings | None = None) -> None:
         super().__init__(seed=settings.seed, chosen=chosen(settings))
-        self.settings = settings
+        self.settings, self.present = settings, present
+        self.redrawn = self.off = 0
 
     def know(self, item: Item) -> None:
         """Set a catalogue entry."""
@@ -119,11 +133,23 @@ class LoggedReplay(Replay):
         )  # fmt: skip
         slate = as_served(self.items, self.learner.model, history, request, keys)
         ids = [position.item_id for position in served.positions]
+        found = self._redrawn(served, slate)
         payload = self._shown(served, slate).to_bytes()
         self._fold(
             [impression(served.user_id, served.slate_id, served.ts, served.surface, ids, payload)], read
         )  # fmt: skip
-        return slate.propensities.astype(np.float64)
+        return slate.propensities.astype(np.float64) if found is None else found
+
+    def _redrawn(self, served: Served, slate: Slate) -> F64 | None:
+        """Return the probabilities with the scores of the log, None where the candidate ranks otherwise."""
+        present = self.present
+        if present is None or served.policy != "epsilon" or not only_draws(present, self.settings, served.surface):
+            return None
+        logged = np.array([position.propensity for position in served.positions])
+        found, expected = redrawn(logged, slate, self.items, present, self.settings)
+        self.redrawn += 1
+        self.off += int((np.abs(expected - logged) > 0.02).sum())
+        return found
 
     def _shown(self, served: Served, slate: Slate) -> Shown:
         """Return what the log said of the slate, with the features that this state of the model gives."""
@@ -144,10 +170,16 @@ class LoggedReplay(Replay):
         self.learner.learn(entries)
 
 
-def run(log: OwnLog, settings: Settings, tell: Callable[[int], None] = lambda done: None) -> Rows:
-    """Replay a log under settings and return its shown positions; `tell` hears how many things were taken."""
+def run(
+    log: OwnLog, settings: Settings, present: Settings | None = None, *,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Rows:  # fmt: skip
+    """Replay a log under settings and return its shown positions; `tell` hears how many things were taken.
+
+    present: the settings under which the log was made, where they are known.
+    """
     warm()
-    replay, rows, users = LoggedReplay(settings), Rows(), dict[str, int]()
+    replay, rows, users = LoggedReplay(settings, present), Rows(), dict[str, int]()
     for done, (_, thing) in enumerate(log.things, 1):
         if isinstance(thing, Served):
             _note(rows, thing, replay.show(thing), users.setdefault(thing.user_id, len(users)))
@@ -158,6 +190,7 @@ def run(log: OwnLog, settings: Settings, tell: Callable[[int], None] = lambda do
         if done % 100 == 0:
             tell(done)
     tell(len(log.things))
+    rows.redrawn, rows.off = replay.redrawn, replay.off
     return rows
 
 
@@ -175,62 +208,89 @@ def _note(rows: Rows, served: Served, evaluation: F64, user: int) -> None:
 
 
 def judge(rows: Rows, *, seed: int = 1, draws: int = 1000) -> dict[str, Any]:
-    """Return what the rows say of the candidate: both estimators, paired differences, overlap, a verdict."""
+    """Return what the rows say of the candidate: three estimators, paired differences, overlap, a verdict."""
     told: dict[str, Any] = {
         "slates": rows.slates, "greedy_slates": rows.greedy, "positions": len(rows.reward),
-        "users": len(set(rows.user)), "headline": "position", "level": 0.95,
-        "assumes": "what a position earns does not depend on the other positions",
+        "redrawn_slates": rows.redrawn, "users": len(set(rows.user)), "headline": HEADLINE, "level": 0.95,
+        "assumes": "what a position earns does not depend on those below it",
     }  # fmt: skip
     if not rows.reward:
         why = f"all {rows.greedy} slates were drawn greedily: the log never shows what else could have been shown"
         return told | _nothing(why)
     reward, logging = np.array(rows.reward), np.array(rows.logging)
     evaluation, user, slate = np.array(rows.evaluation), np.array(rows.user), np.array(rows.slate)
-    rng, top = np.random.default_rng(seed), max(1.0, float(reward.max()))
-    alone = ope.Logged(reward, logging, evaluation, top=top)
+    alone = ope.Logged(reward, logging, evaluation, top=max(1.0, float(reward.max())))
+    weights, effective = slate_weights(alone.weight, slate)
     seen = ope.overlap(alone)
-    warnings = list(seen.warnings)
+    warnings = [warning for warning in seen.warnings if not warning.startswith("effective")]
     if rows.greedy:
         warnings.append(f"{rows.greedy} slates that were drawn greedily are left out: nothing else could be shown")
     told |= {
-        "effective_sample_size": seen.effective_sample_size,
+        "effective_sample_size": effective[HEADLINE],
         "overlap": {
-            "largest_weight": seen.largest_weight, "mean_weight": seen.mean_weight, "unsupported": seen.unsupported,
-            "not_retrieved": float((evaluation == 0.0).mean()), "clip": seen.clip, "clipped": seen.clipped,
-            "warnings": warnings,
+            "largest_weight": float(weights[HEADLINE].max()), "mean_weight": seen.mean_weight,
+            "unsupported": seen.unsupported, "not_retrieved": float((evaluation == 0.0).mean()), "warnings": warnings,
         },
         "logged": {"value": float(reward.mean())},
     }  # fmt: skip
-    product = np.exp(np.bincount(slate, np.log(np.maximum(alone.weight, 1e-300))))
-    ess = float(product.sum()) ** 2 / max(float((product * product).sum()), 1e-300)
-    if not seen.enough:
-        why = f"{seen.effective_sample_size:,.0f} effective positions of {len(reward):,}, expected {ope.FEWEST:g}"
+    why = _too_little(rows, effective[HEADLINE], told["users"])
+    if why:
         return told | _nothing(why, overlap=told["overlap"])
-    if told["users"] < USERS:
-        why = f"{told['users']} users, expected {USERS} or more: their number is what an interval is made of"
-        return told | _nothing(why, overlap=told["overlap"])
-    logged = ope.Logged(reward, logging, evaluation, cluster=user, top=top)
-    estimates = {name: ope.estimate(name, logged, rng=rng, draws=draws) for name in ESTIMATORS}
-    apart = difference(reward, alone.weight, user, rng, draws=draws)
-    by_slate: dict[str, Any] = {"effective_sample_size": ess}
-    if ess >= ope.FEWEST:
-        by_slate |= difference(reward, product[slate], user, rng, draws=draws)
-    else:
-        by_slate["reason"] = f"{ess:,.0f} effective slates of {rows.slates:,}, expected {ope.FEWEST:g}"
-    value = estimates["snips"]
+    rng = np.random.default_rng(seed)
+    estimates: dict[str, Any] = {}
+    for name, weight in weights.items():
+        estimates[name] = {"effective_sample_size": effective[name]}
+        if effective[name] >= ope.FEWEST:
+            estimates[name] |= difference(reward, weight, user, rng, draws=draws)
+        else:
+            estimates[name]["reason"] = f"{effective[name]:,.0f} effective ones, expected {ope.FEWEST:g}"
+    apart = {end: estimates[HEADLINE][end] for end in ("value", "low", "high")}
     return told | {
-        "verdict": verdict(apart), "value": {"value": value.value, "low": value.low, "high": value.high},
-        "difference": apart, "slate": by_slate,
-        "estimates": {name: estimate_report(one, None) for name, one in estimates.items()},
+        "verdict": verdict(apart), "value": {"value": float(reward.mean()) + apart["value"]}, "difference": apart,
+        "estimates": estimates,
     }  # fmt: skip
+
+
+def _too_little(rows: Rows, effective: float, users: int) -> str:
+    """Return why the rows can say nothing, "" where they can."""
+    if rows.off * 20 > len(rows.reward):
+        return (
+            f"{rows.off / len(rows.reward):.0%} of the logged propensities are not what the present settings give: name"
+            " the settings that the log was made under with --logged FILE"
+        )
+    if effective < ope.FEWEST:
+        return f"{effective:,.0f} effective positions of {len(rows.reward):,}, expected {ope.FEWEST:g}"
+    if users < USERS:
+        return f"{users} users, expected {USERS} or more: their number is what an interval is made of"
+    return ""
+
+
+def slate_weights(weight: F64, slate: I64) -> tuple[dict[str, F64], dict[str, float]]:
+    """Return the weights f64[n] of each estimator, from those of single items given those above, and effective sizes.
+
+    slate i64[n]: rows of a slate lie together, from the top. Those of `cascade` average 1 at each position; the size of
+    `slate` is in slates, the others' in positions.
+    """
+    starts = np.flatnonzero(np.diff(slate, prepend=-1))
+    lengths = np.diff(np.append(starts, len(slate)))
+    logs = np.log(np.maximum(weight, 1e-300))
+    sums = np.cumsum(logs)
+    cascade = np.exp(np.minimum(sums - np.repeat(sums[starts] - logs[starts], lengths), 600.0))
+    whole = cascade[starts + lengths - 1]
+    position = np.arange(len(slate)) - np.repeat(starts, lengths)
+    mean = np.bincount(position, cascade) / np.bincount(position)
+    cascade = cascade / np.maximum(mean[position], 1e-300)
+    weights = {"cascade": cascade, "position": weight, "slate": np.repeat(whole, lengths)}
+    sizes = {"cascade": cascade, "position": weight, "slate": whole}
+    return weights, {name: float(w.sum()) ** 2 / max(float((w * w).sum()), 1e-300) for name, w in sizes.items()}
 
 
 def _nothing(reason: str, overlap: dict[str, Any] | None = None) -> dict[str, Any]:
     """What is said where nothing can be: no number."""
-    none = {"value": None, "low": None, "high": None}
     return {
-        "verdict": ope.NO_OVERLAP, "reason": reason, "value": none, "difference": none, "slate": {"reason": reason},
-        "estimates": {}, "overlap": overlap or {"warnings": []},
+        "verdict": ope.NO_OVERLAP, "reason": reason, "value": {"value": None},
+        "difference": {"value": None, "low": None, "high": None}, "estimates": {},
+        "overlap": overlap or {"warnings": []},
     }  # fmt: skip
 
 

@@ -118,16 +118,17 @@ def _bars(screen: Console | None) -> Iterator[Callable[[str, int, int], None]]:
         yield bars.advance
 
 
-def evaluate_own(log: Path, policy: Path, seed: int, *, as_json: bool) -> None:
-    """Evaluate the settings of a file on an export."""
+def evaluate_own(log: Path, policy: Path, logged: Path | None, seed: int, *, as_json: bool) -> None:
+    """Evaluate the settings of a file on an export; logged: a file of those it was made under, else of this shell."""
     from infra.evaluating.candidate import read_candidate
     from infra.evaluating.own_log import judge, read_own_log, run
 
-    settings, given = read_candidate(policy, drawing=True)
+    present = read_candidate(logged, drawing=True)[0] if logged is not None else Settings.load(running=False)
+    settings, given = read_candidate(policy, drawing=True, present=present)
     read = read_own_log(log)
     total = len(read.things)
     with _bars(None if as_json else console(err=True)) as advance:
-        rows = run(read, settings, lambda done: advance("replay", done, total))
+        rows = run(read, settings, present, tell=lambda done: advance("replay", done, total))
     report = {"log": str(log), "policy": given, "rejected_rows": len(read.rejected), **judge(rows, seed=seed)}
     if as_json:
         show_json(report)
@@ -148,12 +149,15 @@ def _show_own(report: dict[str, Any], screen: Console) -> None:
             f"[bold]difference {apart['value']:+.5f} [{apart['low']:+.5f}, {apart['high']:+.5f}][/] (95 %, over users;"
             f" taken that {report['assumes']})",
         )  # fmt: skip
-        slate = report["slate"]
-        screen.print(
-            f"[dim]without that assumption, whole slates: {slate['value']:+.5f} [{slate['low']:+.5f},"
-            f" {slate['high']:+.5f}]" if "value" in slate else f"[dim]whole slates: no number, {slate['reason']}",
-        )  # fmt: skip
-        screen.print(f"[dim]effective positions {report['effective_sample_size']:,.0f}")
+        screen.print(f"[dim]effective positions {report['effective_sample_size']:,.0f} of {report['positions']:,}")
+        for name, title in (("position", "each position by itself"), ("slate", "whole slates, without assumption")):
+            row = report["estimates"][name]
+            screen.print(
+                f"[dim]{title}: {row['value']:+.5f} [{row['low']:+.5f}, {row['high']:+.5f}]" if "value" in row
+                else f"[dim]{title}: no number, {row['reason']}"
+            )  # fmt: skip
+    if report["redrawn_slates"]:
+        screen.print(f"[dim]only the drawing changes: the scores of {report['redrawn_slates']:,} slates are the log's")
     for warning in report["overlap"]["warnings"]:
         screen.print(f"[yellow]{warning}")
     if report["rejected_rows"]:
@@ -185,8 +189,9 @@ def compare(
       freshet compare now.toml heads.toml --log log             # heads.toml: head_weights = [["hide", -2]]
       freshet compare a.toml b.toml --log ml-latest-small --format movielens --plot both.png
 
-    A replay ranks, so it sees event_weights, head_weights, rewards, feature_share (default here 1), first_share (here
-    0) and seed, and refuses others by name; how slates are drawn (policy, epsilon) is for `freshet evaluate`.
+    Of one's own log: users chose from what they were shown, which speaks for the settings of that time; views are left
+    out. A replay ranks, so it sees event_weights, head_weights, rewards, feature_share (default here 1), first_share
+    (here 0) and seed, and refuses others by name; how slates are drawn (policy, epsilon) is for `freshet evaluate`.
     """
     from infra.evaluating.candidate import chosen, read_candidate
     from infra.evaluating.paired import compare as run

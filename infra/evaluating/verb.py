@@ -30,6 +30,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Changed settings (TOML) to evaluate on an export.", show_default=False),
     ] = None,
+    logged: Annotated[
+        Path | None,
+        typer.Option(help="Settings (TOML) the export was made under; default this shell's.", show_default=False),
+    ] = None,
     source: Annotated[str, typer.Option("--from", help="Open Bandit: policy whose log is used.")] = "",
     target: Annotated[
         str, typer.Option("--to", help="Open Bandit: policy that is evaluated; its own log is the check.")
@@ -48,8 +52,8 @@ def evaluate(
       freshet evaluate --log log --policy candidate.toml       # candidate.toml: epsilon = 0.1
 
     Your own log is replayed through the very code under the settings of the file; each shown position weighs as much
-    as these settings make its item likelier than the log did, given those above it (`position`: what a position earns
-    is taken as independent of the others; `slate` assumes nothing and needs far more slates). `difference` is what
+    as these settings make the items down to it likelier than the log did (`cascade`: what a position earns is taken as
+    independent of what stands below it; `slate` assumes nothing and needs far more slates). `difference` is what
     they would have earned minus what the log earned, on the same rows, with a 95 % interval over users: `better`,
     `worse`, `no difference shown`, or `no overlap`, where the log cannot say. A greedy log never can: it shows nothing
     else. Rewards are those of the export. What a lookup excluded or filtered is not logged.
@@ -77,9 +81,9 @@ def evaluate(
             )
         from infra.evaluating.own_verbs import evaluate_own
 
-        evaluate_own(log, policy, seed, as_json=as_json)
+        evaluate_own(log, policy, logged, seed, as_json=as_json)
         return
-    if not source or not target:
+    if logged is not None or not source or not target:
         fail("expected --policy FILE with an export, or --from and --to with Open Bandit files, got neither", 2)
     from infra.evaluating.compare import compare
     from infra.evaluating.open_bandit import read_bandit_log

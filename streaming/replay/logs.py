@@ -324,6 +324,9 @@ def _export(file: Path, log: ReplayLog) -> None:
     """Read the events that `freshet export` wrote, and the catalogue beside them, where there is one."""
     try:
         for _, event in exports.events(file, log.reject):
+            if isinstance(event, View):
+                log.drop("view, which says what was shown and not what was chosen")
+                continue
             event.event_id = None  # each was applied once
             log.events.append(event)
             log.baskets.append("")
