@@ -153,7 +153,7 @@ def _visited(place, rows, history, items, out):  # type: ignore[no-untyped-def]
             if place[y] >= 0:
                 out[place[y], _VISITED] += cosine(items.c_weights[row, k], items.c_sums[row], items.weights[y, 7])
     for i in range(len(rows)):
-        total = out[i, _VISITED]
+        total = min(out[i, _VISITED], 1e6)  # at most about 20; stored bytes may say anything
         out[i, _VISITED] = math.log(total + 1e-3) + 7.0
         out[i, _VISITED + 1] = math.sqrt(total)
 

@@ -28,7 +28,7 @@ VERSION: Final = 3
 _FIXED: Final = 28
 """Words before the lists; version 2 had 20, version 1 had 19."""
 _HEADS: Final = {1: 19, 2: 20, 3: _FIXED}
-_ODD: Final = "item row {:016x}: expected finite counts and weights from 0 on, got others"
+_ODD: Final = "item row {:016x}: expected finite counts and weights from 0 on, sums of exposures below 1e9, got others"
 
 F64 = NDArray[np.float64]
 U64 = NDArray[np.uint64]
@@ -106,7 +106,10 @@ def _words(key: int, blob: bytes) -> int:
 
 @njit(cache=True)
 def _odd(words, floats, start):  # type: ignore[no-untyped-def]
-    """Return bool[n]: a count, sum or weight of the packed row is negative or not finite, and a logarithm is taken."""
+    """Return bool[n]: a count, sum or weight of the packed row is negative or not finite, and a logarithm is taken.
+
+    Sums of exposures, dwells and ratings forget as they grow: none is ever near 1e9; they are added up over all rows.
+    """
     out = np.zeros(len(start) - 1, np.bool_)
     for i in range(len(out)):
         at = start[i]
@@ -118,6 +121,9 @@ def _odd(words, floats, start):  # type: ignore[no-untyped-def]
             for k in range(at + first, at + last):
                 if not 0.0 <= floats[k] < np.inf:
                     out[i] = True
+        for k in range(at + 20, at + head):
+            if floats[k] >= 1e9:
+                out[i] = True
     return out
 
 
