@@ -181,7 +181,7 @@ class Replay:
             return
         found = np.flatnonzero(slate.candidates == key)
         trail.ranks.append(metrics.mid_rank(slate.candidate_scores, int(found[0])) if len(found) else np.inf)
-        trail.places.append(slate.places[found[0]] if len(found) else NOWHERE)
+        trail.places.append(slate.places[found[0]].copy() if len(found) else NOWHERE)  # a view would keep all of them
         blocked = blocked_rows(self.items, history, request)
         frame = self.items.popularity.at(request.now)
         trail.popularity.append(
