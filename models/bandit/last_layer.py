@@ -160,7 +160,8 @@ class LastLayer:
     def read_state(self, values: dict[str, Any]) -> tuple[F64, F64, F64]:
         """Return what `state` stored, birth values where nothing of this width was.
 
-        Raises CodecError, also where a precision is not positive definite."""
+        Raises CodecError, also where a precision is not positive definite.
+        """
         born = LastLayer(width=len(self.b))
         lower = born.precision[np.tril_indices(len(self.b))]
         stored_b = values.get("layer_b")

@@ -150,7 +150,7 @@ def _slate(scores, soft, chances, uniform, share, exploring, places):  # type: i
     if soft:
         top = scores[:, 0].max()
         for i in range(m):
-            weights[i] = math.exp((scores[i, 0] - top) / 0.3)
+            weights[i] = math.exp((scores[i, 0] - top) / TEMPERATURE)
     else:
         tops = _tops(scores, k)
     at = np.zeros(len(tops), np.int64)

@@ -53,15 +53,15 @@ def expose(sums, rows, first, last):  # type: ignore[no-untyped-def]
     """Count one slate: its items are rows[first:last], from the first position on."""
     for k in range(first, last):
         row = rows[k]
-        sums[row, 0] = 0.998 * sums[row, 0] + 1.0 / math.log2(k - first + 2.0)
-        sums[row, 1] *= 0.998
+        sums[row, 0] = FORGETTING * sums[row, 0] + 1.0 / math.log2(k - first + 2.0)
+        sums[row, 1] *= FORGETTING
 
 
 @njit(cache=True)
 def observe(sums, row, column, x):  # type: ignore[no-untyped-def]
     """Count one dwell (column 2) or rating (column 5)."""
     for j in range(3):
-        sums[row, column + j] *= 0.998
+        sums[row, column + j] *= FORGETTING
     sums[row, column] += 1.0
     sums[row, column + 1] += x
     sums[row, column + 2] += x * x
@@ -104,8 +104,8 @@ def betas(rows, tokens, sums, ratios, rate, alpha, beta):  # type: ignore[no-unt
             count += 1
         prior = min(rate * math.exp(total / count), 0.5) if count else rate
         e, s = sums[row, 0], sums[row, 1]
-        alpha[i] = 20.0 * prior + s
-        beta[i] = 20.0 * (1.0 - prior) + max(e - s, 0.0)
+        alpha[i] = STRENGTH * prior + s
+        beta[i] = STRENGTH * (1.0 - prior) + max(e - s, 0.0)
 
 
 @njit(cache=True)
