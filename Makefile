@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 # Bytecode is kept even where the environment forbids it: without it each process compiles all it imports, 2 s of CPU.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install demo test lint format ci constraints clean
+.PHONY: help install browser demo test lint format ci constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,11 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
 	@echo "make: compiling the kernels once"
 	@$(BIN)/python -c 'import serving.app, streaming.replay.prequential, streaming.worker, streaming.training.process as t; serving.app.warm(); streaming.replay.prequential.warm(); streaming.worker.warm(); t.warm()'
 	@touch $@
+
+browser:  ## Debian's Chromium, which the tests of the pages drive, where none is on PATH
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$sudo apt-get update --quiet && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install --quiet --yes chromium; }
 
 demo: install  ## start everything, let simulated users arrive, print the page's address
 	$(BIN)/freshet demo
