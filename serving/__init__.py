@@ -16,5 +16,5 @@ Files, from the door inwards:
     parts        what the routes work with
     snapshot     item and model arrays of this process, kept live by the feeds
     slates       served slates on their way to the log
-    live         the page at / and its event stream
+    dashboard/   what the shop front and the dashboard ask for
 """

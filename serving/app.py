@@ -27,8 +27,9 @@ from models.items import CatalogueItem
 from models.profile import Profiles, unpack
 from models.recommend import History, popular, recommend, similar
 from models.recommend import Request as Ask
-from serving import live as page
 from serving.api import doors
+from serving.dashboard import files
+from serving.dashboard.live import live_of, stream
 from serving.doors import mount
 from serving.guard import SECURITY_HEADERS, BindingError, Guard, check_binding
 from serving.introspect import not_ready
@@ -68,7 +69,7 @@ def create_app(settings: Settings) -> FastAPI:
     )  # fmt: skip
     app.state.parts = parts
     mount(app, doors(parts, app))
-    app.router.routes.extend(page.routes(page.live_of(parts)))
+    app.router.routes.extend([*files.routes(), stream(live_of(parts))])
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_middleware(Guard, host=settings.host, ring=parts.ring, origins=settings.origins)

@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.keys import Key, KeyRing
 from serving.messages import Problem, problem_response
 
-OPEN: Final = frozenset({"/health/live", "/health/ready"})
+OPEN: Final = frozenset({"/health/live", "/health/ready", "/beacon.js"})
+"""Without a key: load balancers ask the first two, pages of other origins load the script."""
 SECURITY_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

@@ -1,4 +1,4 @@
-"""The page at `/`, its files, and its stream of figures: server-sent events at `/-/live`, one frame a second.
+"""The stream of figures: server-sent events at `/-/live`, one frame a second.
 
 A frame joins what the processes wrote to their learning curves in Redis (`users`, `items`, `learner`, `world`) with
 what this API process counted itself (`api`). Frames are numbered by their second, so a browser that lost its connection
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -33,15 +31,6 @@ log = logging.getLogger("freshet.serving")
 CURVES: Final = ("users", "items", "learner", "world")
 KEEP_S: Final = 900
 MAX_VIEWERS: Final = 64
-STATIC: Final = Path(__file__).parent / "static"
-TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-HEADERS: Final = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 LOOKUP_ROUTE: Final = "/v1/recommendations/{user_id}"
 
 Point = tuple[str, Mapping[str, str]]
@@ -205,18 +194,6 @@ class Live:
         news.set()
 
 
-def _static(path: Path) -> Callable[[Request], Awaitable[Response]]:
-    body = path.read_bytes()
-    headers = {**HEADERS, "ETag": f'"{hashlib.sha256(body).hexdigest()[:16]}"'}
-
-    async def answer(request: Request) -> Response:
-        if request.headers.get("if-none-match") == headers["ETag"]:
-            return Response(status_code=304, headers=headers)
-        return Response(body, headers=headers, media_type=TYPES[path.suffix])
-
-    return answer
-
-
 def _after(request: Request) -> int:
     text = request.headers.get("last-event-id") or request.query_params.get("after", "")
     return int(text) if text.isdigit() and len(text) < 16 else 0
@@ -243,7 +220,7 @@ async def _messages(live: Live, after: int) -> AsyncIterator[bytes]:
         yield b"id: %d\ndata: %b\n\n" % (frame.second, frame.data)
 
 
-def _stream(live: Live) -> Callable[[Request], Awaitable[Response]]:
+def _answer(live: Live) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         if live.enter():
             return _Stream(live, _after(request))
@@ -264,7 +241,6 @@ def live_of(parts: Parts) -> Live:
     return Live(read=parts.snapshot.read_metrics, here=here, clock=parts.clock)
 
 
-def routes(live: Live) -> list[Route]:
-    """`/`, `/static/...` (one route a file: nothing else can be asked for) and `/-/live`."""
-    files = [Route(f"/static/{path.name}", _static(path)) for path in sorted(STATIC.iterdir()) if path.suffix in TYPES]
-    return [Route("/", _static(STATIC / "index.html")), *files, Route("/-/live", _stream(live))]
+def stream(live: Live) -> Route:
+    """Return the route `/-/live`."""
+    return Route("/-/live", _answer(live))

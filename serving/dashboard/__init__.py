@@ -1,0 +1,7 @@
+"""What the shop front and the dashboard ask for: their files, their stream of figures, and the JSON of each page.
+
+Knows nothing of how slates are made. Files, from the door inwards:
+
+    files       `/`, `/dashboard`, `/beacon.js` and `/static/...`
+    live        the event stream at `/-/live`: one frame of figures a second
+"""
