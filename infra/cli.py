@@ -77,6 +77,7 @@ def _explains_itself(error: Exception) -> bool:
              ("streaming.topics", "TopicsError"), ("streaming.topics", "LogError"), ("streaming.events", "EventError"),
              ("streaming.replay.logs", "ReplayError"), ("streaming.recovery.generations", "RecoveryError"),
              ("infra.proving.bench", "BenchError"), ("infra.proving.chaos", "ChaosError"),
+             ("infra.proving.browser", "BrowserError"),
              ("serving.keys", "KeysError"), ("streaming.state", "StoredBytesError"),
              ("streaming.kafka.address", "AddressError"), ("models.ope", "OpeError"),
              ("infra.evaluating.open_bandit", "BanditLogError"),

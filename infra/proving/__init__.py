@@ -14,5 +14,7 @@ Files:
     coverage  `freshet bench ope`: do intervals of off-policy evaluation hold a known truth?
     exploration  `freshet bench exploration`: what does finding out cost and bring, in worlds whose truth is known?
     exploration_show  its progress, tables and plot
+    dashboard  `freshet bench dashboard`: what the pages cost, and how soon a click shows
+    browser  the real Chromium that it and the tests of the pages look through
     verbs  what `bench` and `chaos` ask, and what chaos shows
 """

@@ -135,20 +135,21 @@ def bench(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ingest, lookup, freshness: default. Or, alone: overload, soak, quality, ope, exploration.",
+            help="ingest, lookup, freshness: default. Or, alone: overload, soak, quality, ope, exploration, dashboard.",
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
     seconds: Annotated[
         float | None,
-        typer.Option(help="Length of the load; default 60, of soak 600.", min=1, max=86_400, show_default=False),
+        typer.Option(help="Length of the load (dashboard: before it); default 60, of soak 600.", min=1, max=86_400,
+                     show_default=False),
     ] = None,
     backlog: Annotated[int, typer.Option(help="Events that ingest drains.", min=5000, max=5_000_000)] = 200_000,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw memory (soak), NDCG (quality) or regret (exploration) into this picture.",
-                     show_default=False),
+        typer.Option(help="Draw memory (soak), NDCG (quality) or regret (exploration) into this picture; of dashboard: "
+                     "a folder for screenshots.", show_default=False),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A log: file or folder, .gz too.", rich_help_panel=QUALITY, show_default=False)
@@ -209,6 +210,11 @@ def bench(
     good new items found, what a lookup costs, whether propensities are true.
 
       freshet bench exploration --seeds 10 --json
+
+    `dashboard` opens every page in a real Chromium beside 200 simulated people: from a click to another slate on the
+    screen, bytes, CPU of pages and of ten viewers, errors in the console; with --plot DIR, screenshots.
+
+      freshet bench dashboard --json --plot shots
     """
     if what == ["quality"]:
         from infra.proving.quality.show import quality_verb
@@ -228,6 +234,12 @@ def bench(
 
         with ended_by_signals():
             exploration_verb(seeds, as_json=as_json, picture=plot)
+        return
+    if what == ["dashboard"]:
+        from infra.proving.dashboard import dashboard_verb
+
+        with ended_by_signals():
+            dashboard_verb(seconds or 60.0, as_json=as_json, shots=plot)
         return
     if what == ["overload"]:
         from infra.proving.overload import overload_verb
