@@ -114,7 +114,7 @@ def clicks(browser: Browser, stack: Stack, advance: Advance, count: int = CLICKS
     found = []
     with Tab(browser) as tab:
         tab.page.goto(stack.api + "/")
-        tab.page.wait_for_function("document.querySelectorAll('.tile').length >= 10")
+        tab.page.locator(".tile").nth(9).wait_for()
         for number in range(count + 2):
             advance(f"clicks, {number + 1} of {count + 2}")
             found.append(float(tab.page.evaluate(VISIBLE)))
