@@ -116,6 +116,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
     """Connect the parts and keep them connected; on leaving, log what waits and disconnect."""
     await _check_topics(parts)
     parts.snapshot.start()
+    logging.getLogger().addHandler(parts.news)
     parts.impressions.start()
     always: dict[str, Callable[[], Awaitable[None]]] = {
         "log": lambda: keep_log(parts), "ends": lambda: watch_ends(parts), "delay": parts.overload.watch_loop,
@@ -127,6 +128,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
         yield
     finally:
         for task in tasks:
+        logging.getLogger().removeHandler(parts.news)
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await parts.impressions.stop()

@@ -116,6 +116,7 @@ async def post_events(parts: Parts, request: Request) -> Response:
     if len(records) < len(values):
         parts.telemetry.count(EVENTS_RECEIVED, len(values) - len(records), type="unknown", status="rejected")
     token = encode_token(last) if last else None
+    parts.freshness.accepted(last)
     return json_response(Accepted(len(records), len(values) - len(records), verdicts, token), 202)
 
 

@@ -54,7 +54,7 @@ async def recommendations(parts: Parts, request: Request) -> Response:
     began = time.perf_counter()
     user = user_id(request)
     query = await _lookup_query(parts, request)
-    read, applied = await _read(parts, user, query.after, query.wait_ms)
+    read, applied, accepted = await _read(parts, user, query.after, query.wait_ms)
     history, unreadable = known_history(parts, user, read)
     live, snapshot = parts.snapshot.live, parts.snapshot
     profile_at = time.perf_counter()
@@ -79,6 +79,8 @@ async def recommendations(parts: Parts, request: Request) -> Response:
     for stage, seconds in stages.items():
         parts.telemetry.observe(SLATE_SECONDS, seconds, stage=stage)
     parts.telemetry.count(SLATES, policy=ask.policy, degraded=str(degraded).lower())
+    if accepted is not None:
+        parts.freshness.answered(accepted)
     if query.trace:
         answer.trace = {"ms": {name: round(1000 * s, 3) for name, s in stages.items()}, **slate.trace}
     return json_response(answer)
@@ -109,11 +111,17 @@ def privileged(request: Request, **given: object) -> None:
         raise Problem(403, ", ".join(names), "a caller on loopback or with the admin key", "another")
 
 
-async def _read(parts: Parts, user: str, after: str | None, wait_ms: int | None) -> tuple[UserRead | None, bool | None]:
-    """Read a profile, waiting for the position of `after`; None where Redis does not answer."""
+async def _read(
+    parts: Parts, user: str, after: str | None, wait_ms: int | None
+) -> tuple[UserRead | None, bool | None, float | None]:
+    """Read a profile, waiting for the position of `after`; None where Redis does not answer.
+
+    Returns also whether it holds that position, and when this process accepted it (perf_counter, s) where it is the
+    first to be asked for it.
+    """
     partition = partition_of(user, parts.settings.partitions)
     if after is None:
-        return await parts.snapshot.read_user(partition, user), None
+        return await parts.snapshot.read_user(partition, user), None, None
     token = _token(after)
     until = time.perf_counter() + (parts.settings.token_wait_ms if wait_ms is None else wait_ms) / 1000
     turn, reached = 0, False
@@ -126,7 +134,8 @@ async def _read(parts: Parts, user: str, after: str | None, wait_ms: int | None)
         await asyncio.sleep(pause)
         turn += 1
     parts.telemetry.count(TOKEN_WAITS, applied=str(reached).lower())
-    return read, reached
+    accepted = parts.freshness.asked(partition, token.events.get(partition, -1)) if reached else None
+    return read, reached, accepted
 
 
 def _token(text: str) -> Position:

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from infra.settings import Settings
 from infra.telemetry import UNREADABLE, Telemetry
 from models.ranker.heads import head_weights
+from serving.dashboard.freshness import Freshness
+from serving.dashboard.news import News
 from serving.keys import KeyRing
 from serving.overload import Overload
 from serving.slates import Impressions
@@ -45,6 +47,8 @@ class Parts:
     started: float = field(default_factory=time.time)
     unreadable: Counter[str] = field(default_factory=Counter)
     """Reads of profiles that no codec here reads, by user; at most MAX_NAMED users are named."""
+    freshness: Freshness = field(default_factory=Freshness)
+    news: News = field(default_factory=News)
     log_problem: str = "not connected yet"
     warm: bool = False
     dead_letters: int | None = None

@@ -197,6 +197,7 @@ class UserAgent:
             if stored is None:
                 self._progress.move(TP(self._topics.events, part.partition), part.next)
                 self._progress.ages_ms += [now_ms - record_ms for record_ms in part.times[:200]]
+                self._progress.kinds.update(type(event).__name__.lower() for event in part.events)
                 pairs = zip(part.times[:200], part.events[:200], strict=False)
                 self._progress.skews_s += [record_ms / 1000 - event.ts for record_ms, event in pairs]
         self._progress.events += outcome.applied

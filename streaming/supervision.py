@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,6 +72,8 @@ class Progress:
         self.events = self.duplicates = self.dead = self.overflow = self.poisoned = 0
         self.erased = 0
         self.ages_ms: list[float] = []
+        self.kinds: Counter[str] = Counter()
+        """Events folded by their type, repeats among them."""
         self.held: dict[str, int] = {}
         """What buffers of this process hold, and what it keeps in memory: written by the agents, told with the rest."""
         self.skews_s: list[float] = []
@@ -109,9 +112,11 @@ class Progress:
                 return tp
         return None
 
-    def lag(self, ends: Mapping[TP, int]) -> int:
-        """Return how many records wait, by the topics' ends."""
-        return sum(max(0, end - self.next.get(tp, end)) for tp, end in ends.items())
+    def lag(self, ends: Mapping[TP, int], topic: str) -> dict[str, int]:
+        """Return how many records wait, by the topics' ends: `lag` of all, `lag_<p>` of each partition of `topic`."""
+        waiting = {tp: max(0, end - self.next.get(tp, end)) for tp, end in ends.items()}
+        each = {f"lag_{tp.partition}": count for tp, count in sorted(waiting.items()) if tp.topic == topic}
+        return {"lag": sum(waiting.values()), **each}
 
     def take(self) -> dict[str, float]:
         """Return the figures since the last call."""
@@ -123,12 +128,14 @@ class Progress:
             "poisoned": self.poisoned, "dedupe_overflow": self.overflow,
             "applied_p50_ms": round(float(ages[len(ages) // 2]), 2),
             "applied_p99_ms": round(float(ages[int(len(ages) * 0.99)]), 2), "erased": self.erased,
+            "applied_p95_ms": round(float(ages[int(len(ages) * 0.95)]), 2),
             "skew_p50_s": round(float(skews[len(skews) // 2]), 3),
             "skew_p99_s": round(float(skews[int(len(skews) * 0.99)]), 3), "rss_mb": resident_mb(),
-            **self.held,
+            **{f"events_{kind}": count for kind, count in self.kinds.items()}, **self.held,
         }  # fmt: skip
         self.events = self.duplicates = self.dead = self.overflow = self.poisoned = 0
         self.erased, self.ages_ms, self.skews_s = 0, [], []
+        self.kinds = Counter(dict.fromkeys(self.kinds, 0))  # a type that was seen once is told as 0 from then on
         return figures
 
 
@@ -215,11 +222,13 @@ class LoopGuard(threading.Thread):
         self._turned = time.monotonic()
 
 
-async def report(name: str, slot: int, member: Member, progress: Progress, client: Any, keys: Keys) -> None:
-    """Append this process's figures to its learning curve each second."""
+async def report(
+    name: str, slot: int, member: Member, progress: Progress, client: Any, keys: Keys, topic: str
+) -> None:  # fmt: skip
+    """Append this process's figures to its learning curve each second; `topic` is the one whose partitions it tells."""
     while True:
         await asyncio.sleep(1.0)
-        figures = {**progress.take(), "lag": progress.lag(member.ends()), "slot": slot, "queued": member.queued()}
+        figures = {**progress.take(), **progress.lag(member.ends(), topic), "slot": slot, "queued": member.queued()}
         try:
             await append_metrics(client, keys.metrics(name), figures)
         except StoreUnavailable as error:

@@ -90,7 +90,7 @@ async def _main(settings: Settings, role: Role, slot: int) -> None:
     background += [
         Watchdog(member, progress, ends, client.ping).watch(),
         ground.watch(),
-        report(role, slot, member, progress, client, keys),
+        report(role, slot, member, progress, client, keys, topics.events if role == "users" else topics.examples),
         _leave_when_switched(client, keys),
     ]
     tasks = [asyncio.create_task(_loud(work)) for work in background]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -14,7 +15,10 @@ from prometheus_client import CollectorRegistry, Histogram
 from starlette.applications import Starlette
 
 from serving.dashboard import files
-from serving.dashboard.live import KEEP_S, LOOKUP_ROUTE, MAX_VIEWERS, Live, Lookups, Point, join, stream
+from serving.dashboard.freshness import Freshness
+from serving.dashboard.here import LOOKUP_ROUTE, Since
+from serving.dashboard.live import KEEP_S, MAX_VIEWERS, Live, Point, join, stream
+from serving.dashboard.news import News
 
 
 class Curves:
@@ -225,7 +229,7 @@ def test_lookups_are_told_from_the_histogram() -> None:
     seconds = Histogram(
         "freshet_http_seconds", "", ("route", "method", "status"), registry=registry, buckets=(0.001, 0.002, 0.01)
     )
-    lookups = Lookups(registry)
+    lookups = Since(registry)
     assert lookups.take()["lookups_s"] == 0
     for duration in [0.0015] * 98 + [0.005] * 2:
         seconds.labels(LOOKUP_ROUTE, "GET", "200").observe(duration)
@@ -235,3 +239,54 @@ def test_lookups_are_told_from_the_histogram() -> None:
     assert figures["lookup_p50_ms"] == pytest.approx(1.51, abs=0.1)
     assert 2 < figures["lookup_p99_ms"] <= 10
     assert "lookup_p50_ms" not in lookups.take()
+
+
+def test_what_several_workers_hold_is_added_once_each_and_counts_all_of_the_time() -> None:
+    points = [
+        {"slot": 0.0, "lag": 5.0, "events": 10.0, "events_click": 4.0},
+        {"slot": 1.0, "lag": 7.0, "events": 20.0, "events_click": 1.0},
+        {"slot": 0.0, "lag": 2.0, "events": 1.0, "events_click": 1.0},
+    ]
+    assert join(points) == {"slot": 0.0, "lag": 9.0, "events": 31.0, "events_click": 6.0}
+    cumulative = [{"slates": 10.0, "ours": 1.0}, {"slates": 12.0, "ours": 2.0}]
+    assert join(cumulative, "world") == {"slates": 12.0, "ours": 2.0}
+    assert join(cumulative, "learner")["slates"] == 22.0
+
+
+async def test_what_broke_is_told_once_and_to_a_new_viewer_all_of_it() -> None:
+    curves, clock, news = Curves(), Clock(7_000.9), News()
+    here = {"degraded": False, "reason": "no Redis"}
+    live = Live(read=curves.read, here=lambda: here | {"degraded": clock.now > 7_002}, clock=clock, news=news)
+    logger = logging.Logger("freshet.test")
+    logger.addHandler(news)
+    logger.warning("before anybody looked")
+    for second, alarms in ((7_000.5, 0), (7_001.5, 1), (7_002.5, 0)):
+        curves.add("learner", second, t=second, alarm_encoder=alarms)
+        clock.now = second + 0.4
+        await live.poll()
+    told = [[line["what"] for line in json.loads(frame.data).get("broke", [])] for frame in live._frames]
+    assert told[0] == ["API: before anybody looked"]
+    assert [line.partition(":")[0] for line in told[1]] == ["drift"]
+    assert told[2] == ["API: degraded: no Redis"]
+    assert len(news.last()) == 3
+    for at in range(200):
+        news.tell(f"line {at}")
+    assert len(news.last()) == 50
+
+
+async def test_from_an_accepted_event_to_the_first_lookup_that_asked_for_it() -> None:
+    freshness = Freshness()
+    assert freshness.figures() == {}
+    freshness.accepted({0: 4, 1: 9})
+    since = freshness.asked(1, 9)
+    assert since is not None
+    await asyncio.sleep(0.01)
+    freshness.answered(since)
+    assert freshness.asked(1, 9) is None
+    assert freshness.asked(0, 3) is None
+    figures = freshness.figures()
+    assert figures["changed_n"] == 1
+    assert 10 <= figures["changed_p50_ms"] == figures["changed_p99_ms"] < 1000
+    for offset in range(5_000):
+        freshness.accepted({0: offset})
+    assert freshness.asked(0, 4) is None, "what waited longest left"

@@ -45,3 +45,17 @@ def test_an_idle_partition_gets_its_whole_time_when_records_come(progress: Progr
 
 def test_partitions_without_an_offset_of_ours_are_not_watched(progress: Progress) -> None:
     assert progress.stalled({INLET: 10_000}, time.monotonic() + 10 * TURN_S) is None
+
+
+def test_lag_is_told_in_all_and_by_partition_of_the_topic(progress: Progress) -> None:
+    progress.seek(INLET, 0)
+    progress.move(A, 3)
+    told = progress.lag({A: 5, B: 4, INLET: 7}, "fr.events")
+    assert told == {"lag": 13, "lag_0": 2, "lag_1": 4}
+
+
+def test_types_are_counted_since_the_last_figures_and_stay_named(progress: Progress) -> None:
+    progress.kinds.update(["click", "click", "view"])
+    first, then = progress.take(), progress.take()
+    assert (first["events_click"], first["events_view"]) == (2, 1)
+    assert (then["events_click"], then["events_view"]) == (0, 0)

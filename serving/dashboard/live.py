@@ -1,9 +1,9 @@
 """The stream of figures: server-sent events at `/-/live`, one frame a second.
 
 A frame joins what the processes wrote to their learning curves in Redis (`users`, `items`, `learner`, `world`) with
-what this API process counted itself (`api`). Frames are numbered by their second, so a browser that lost its connection
-goes on after the last one it saw (`Last-Event-ID`), also after a restart of this process. It knows nothing about how
-the figures came to be, and writes nothing.
+what this API process counted itself (`api`) and, where there is news, what went wrong (`broke`). Frames are numbered by
+their second, so a browser that lost its connection goes on after the last one it saw (`Last-Event-ID`), also after a
+restart of this process. It knows nothing about how the figures came to be, and writes nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from serving.dashboard.here import here_of
+from serving.dashboard.news import News
 from serving.parts import Parts
 
 log = logging.getLogger("freshet.serving")
@@ -31,7 +32,14 @@ log = logging.getLogger("freshet.serving")
 CURVES: Final = ("users", "items", "learner", "world")
 KEEP_S: Final = 900
 MAX_VIEWERS: Final = 64
-LOOKUP_ROUTE: Final = "/v1/recommendations/{user_id}"
+
+HELD: Final = ("lag", "queued", "rss_mb")
+COUNTED: Final = {
+    "users": ("events", "duplicates", "dead", "poisoned", "erased", "dedupe_overflow"),
+    "items": ("events", "duplicates", "dead", "poisoned"),
+    "learner": ("events", "joined", "lists", "alarm", "slates", "hits", "ndcg", "reward", "gone"),
+}
+"""By curve, what names of counts begin with."""
 
 Point = tuple[str, Mapping[str, str]]
 Read = Callable[[str, str, int], Awaitable[Sequence[Point]]]
@@ -56,12 +64,21 @@ def numbers(fields: Mapping[str, str]) -> dict[str, float]:
     return found
 
 
-def join(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One figure per name from a curve's points of one second: counts add up, delays the worst, the rest the latest."""
+def join(points: Sequence[Mapping[str, float]], curve: str = "users") -> dict[str, float]:
+    """One figure per name from a curve's points of one second.
+
+    Counts add up; of what processes hold (`lag`, `queued`, `rss_mb`) the latest of each slot is added; delays are the
+    worst; the rest is the latest.
+    """
     joined: dict[str, float] = {}
+    held: dict[str, dict[float, float]] = {}
     for point in points:
         for name, value in point.items():
-            if name in ("events", "duplicates", "dead") and name in joined:
+            if name in HELD:
+                slots = held.setdefault(name, {})
+                slots[point.get("slot", 0.0)] = value
+                joined[name] = sum(slots.values())
+            elif name.startswith(COUNTED.get(curve, ())) and name in joined:
                 joined[name] += value
             elif name.startswith("applied_p") and name in joined:
                 joined[name] = max(joined[name], value)
@@ -72,56 +89,14 @@ def join(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return joined
 
 
-class Lookups:
-    """Lookups a second and their percentiles, from this process's own histogram of answers."""
-
-    def __init__(self, registry: CollectorRegistry, series: str = "freshet_http_seconds") -> None:
-        self._registry, self._series = registry, series
-        self._last: dict[float, float] = {}
-        self._since = time.monotonic()
-
-    def take(self) -> dict[str, float]:
-        """Figures since the last call: lookups_s, lookup_p50_ms, lookup_p99_ms; percentiles within a bucket's width."""
-        totals = self._totals()
-        now, passed = time.monotonic(), max(1e-3, time.monotonic() - self._since)
-        fresh = {edge: count - self._last.get(edge, 0.0) for edge, count in totals.items()}
-        self._last, self._since = totals, now
-        count = fresh.get(math.inf, 0.0)
-        figures = {"lookups_s": round(count / passed, 1)}
-        if count > 0:
-            edges = sorted(fresh.items())
-            figures |= {f"lookup_p{q}_ms": round(1000 * _quantile(edges, q / 100), 2) for q in (50, 99)}
-        return figures
-
-    def _totals(self) -> dict[float, float]:
-        totals: dict[float, float] = {}
-        for family in self._registry.collect():
-            for sample in family.samples:
-                if sample.name == f"{self._series}_bucket" and sample.labels.get("route") == LOOKUP_ROUTE:
-                    edge = float(sample.labels["le"])
-                    totals[edge] = totals.get(edge, 0.0) + sample.value
-        return totals
-
-
-def _quantile(edges: Sequence[tuple[float, float]], q: float) -> float:
-    """The q-quantile (s) of cumulative buckets (edge, count), linear within a bucket, at most the last finite edge."""
-    wanted, below, left = q * edges[-1][1], 0.0, 0.0
-    for edge, count in edges:
-        if count >= wanted:
-            if math.isinf(edge) or count == below:
-                return left
-            return left + (edge - left) * (wanted - below) / (count - below)
-        below, left = count, edge
-    return left
-
-
 class Live:
     """The frames of the last 15 minutes and those who watch; it reads Redis only while someone does."""
 
     def __init__(
-        self, *, read: Read, here: Callable[[], Mapping[str, Any]], clock: Callable[[], float] = time.time
-    ) -> None:
-        self._read, self._here, self._clock = read, here, clock
+        self, *, read: Read, here: Callable[[], Mapping[str, Any]], clock: Callable[[], float] = time.time,
+        news: News | None = None,
+    ) -> None:  # fmt: skip
+        self._read, self._here, self._clock, self._told = read, here, clock, news or News()
         self._frames: deque[Frame] = deque(maxlen=KEEP_S)
         self._last: dict[str, str] = dict.fromkeys(CURVES, "-")
         self._news = asyncio.Event()
@@ -175,7 +150,7 @@ class Live:
                 elif at >= known:
                     found.setdefault(second, {}).setdefault(name, []).append(numbers(fields))
         for at in sorted(found.keys() | {second}):
-            body: dict[str, Any] = {name: join(points) for name, points in found.get(at, {}).items()}
+            body: dict[str, Any] = {name: join(points, name) for name, points in found.get(at, {}).items()}
             self._add(at, {**body, "api": dict(self._here())} if at == second else body)
 
     async def _new_points(self, name: str) -> list[Point]:
@@ -189,9 +164,13 @@ class Live:
     def _add(self, second: int, body: dict[str, Any]) -> None:
         if self._frames and second <= self._frames[-1].second:
             return
-        self._frames.append(Frame(second, msgspec.json.encode({"t": second, **body})))
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        self._told.look(body)
+        news = self._told.take()
+        broke = news if self._frames else self._told.last()  # the first frame tells what broke before anybody looked
+        more = {"broke": broke} if broke else {}
+        self._frames.append(Frame(second, msgspec.json.encode({"t": second, **body, **more})))
+        waiting, self._news = self._news, asyncio.Event()
+        waiting.set()
 
 
 def _after(request: Request) -> int:
@@ -231,14 +210,7 @@ def _answer(live: Live) -> Callable[[Request], Awaitable[Response]]:
 
 def live_of(parts: Parts) -> Live:
     """The frames of one API process: curves from its Redis, and what it counts and holds itself."""
-    lookups = Lookups(parts.telemetry.registry)
-
-    def here() -> dict[str, Any]:
-        served = parts.snapshot.live
-        held = {"items": int(served.items.eligible.sum()), "step": served.model.step}
-        return {**held, "degraded": parts.snapshot.degraded, **lookups.take()}
-
-    return Live(read=parts.snapshot.read_metrics, here=here, clock=parts.clock)
+    return Live(read=parts.snapshot.read_metrics, here=here_of(parts), clock=parts.clock, news=parts.news)
 
 
 def stream(live: Live) -> Route:
