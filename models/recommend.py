@@ -160,18 +160,11 @@ def recommend(
     marks = [clock()] if clock else []
     items.grow()
     model.grow()
-    n = items.n
     frame = items.popularity.at(request.now)
     viewer = _viewer(items, history, request)
-    blocked = blocked_rows(items, history, request)
     q = model.factors.encode(viewer.history)
-    place = np.full(n, -1, np.int32)
-    arrays = items.arrays()
-    channel_blends = blends(model.mixture, frame[1], frame[2], max(float(n), 1.0))
-    rows, channels, places, found = gather(
-        n, arrays, blocked, frame[0], channel_blends, viewer, model.factors.vectors, model.factors.bias, q,
-        QUOTAS if request.first > 0.0 else NOT_EXPLORING, place,
-    )  # fmt: skip
+    place = np.full(items.n, -1, np.int32)
+    rows, channels, places, found = _retrieve(items, model, history, viewer, request, q, frame, place)
     marks += [clock()] if clock else []
     x, said = _rank(items, model, viewer, _judge(items, history, viewer), request, rows, q, frame, place)
     scores = heads.total(said, request.weights)
@@ -205,6 +198,20 @@ def _judge(items: Items, history: History, viewer: Viewer) -> Judge:
     weights = history.weights[:h] if len(history.weights) else np.ones(h, np.float32)
     averse = items.rows.find(history.averse[:AVERSE])
     return Judge(viewer.history, history.kinds[:h], np.ascontiguousarray(weights), averse, history.tally)
+
+
+def _retrieve(
+    items: Items, model: Model, history: History, viewer: Viewer, request: Request, q: F32,
+    frame: tuple[NDArray[np.int32], F64, F64, float], place: NDArray[np.int32],
+) -> tuple[I64, U8, U16, I64]:  # fmt: skip
+    """Return what `gather` finds of what may enter; place i32[>= n] is -1 everywhere and is left so."""
+    n = items.n
+    found: tuple[I64, U8, U16, I64] = gather(
+        n, items.arrays(), blocked_rows(items, history, request), frame[0],
+        blends(model.mixture, frame[1], frame[2], max(float(n), 1.0)), viewer, model.factors.vectors,
+        model.factors.bias, q, QUOTAS if request.first > 0.0 else NOT_EXPLORING, place,
+    )  # fmt: skip
+    return found
 
 
 def _rank(
@@ -253,13 +260,9 @@ def as_served(items: Items, model: Model, history: History, request: Request, sh
     spare = items.rows.spare()
     items.grow()
     model.grow()
-    n, frame = items.n, items.popularity.at(request.now)
-    viewer, blocked = _viewer(items, history, request), blocked_rows(items, history, request)
+    frame, viewer = items.popularity.at(request.now), _viewer(items, history, request)
     q, place = model.factors.encode(viewer.history), np.full(items.rows.capacity, -1, np.int32)
-    rows, channels, places, _ = gather(
-        n, items.arrays(), blocked, frame[0], blends(model.mixture, frame[1], frame[2], max(float(n), 1.0)), viewer,
-        model.factors.vectors, model.factors.bias, q, QUOTAS if request.first > 0.0 else NOT_EXPLORING, place,
-    )  # fmt: skip
+    rows, channels, places, _ = _retrieve(items, model, history, viewer, request, q, frame, place)
     m, asked = len(rows), items.rows.find(shown)
     asked[asked < 0] = spare
     ranked = np.concatenate((rows, np.setdiff1d(asked, rows)))

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.evaluating.own_log import BETTER, WORSE, verdict
 from models import metrics
 from streaming.events import Rating
 from streaming.replay.logs import TARGET, ReplayError, ReplayLog, roles
@@ -52,7 +53,7 @@ def compare(
         "difference": {**_ranking(first, second, users), **_rating(log, first, second, users),
                        **_judged(log, first, second, users)},
     }  # fmt: skip
-    return out | {"verdict": _verdict(out["difference"]["ndcg@10"]), "says": _sentence(out, second.name, first.name)}
+    return out | {"verdict": verdict(out["difference"]["ndcg@10"]), "says": _sentence(out, second.name, first.name)}
 
 
 def _replayed(
@@ -143,20 +144,16 @@ def _interval(apart: Callable[[I64], float], users: int, draws: int) -> dict[str
     return {"value": apart(np.arange(users)), "low": float(low), "high": float(high)}
 
 
-def _verdict(apart: dict[str, float]) -> str:
-    return "better" if apart["low"] > 0.0 else "worse" if apart["high"] < 0.0 else "no difference shown"
-
-
 def _sentence(out: dict[str, Any], candidate: str, present: str) -> str:
     apart = out["difference"]["ndcg@10"]
     ends = f"NDCG@10 {apart['value']:+.4f} [{apart['low']:+.4f}, {apart['high']:+.4f}]"
-    match _verdict(apart):
-        case "better":
-            text = f"{candidate} ranks what users did next better than {present}: {ends}."
-        case "worse":
-            text = f"{candidate} ranks what users did next worse than {present}: {ends}. Keep {present}."
-        case _:
-            text = f"This log shows no difference between {candidate} and {present}: {ends}."
+    found = verdict(apart)
+    if found == BETTER:
+        text = f"{candidate} ranks what users did next better than {present}: {ends}."
+    elif found == WORSE:
+        text = f"{candidate} ranks what users did next worse than {present}: {ends}. Keep {present}."
+    else:
+        text = f"This log shows no difference between {candidate} and {present}: {ends}."
     for name, title in (("hit_rate@10", "HR@10"), ("rating_rmse", "rating RMSE"), ("auc", "AUC")):
         row = out["difference"].get(name)
         if row is not None and not row["low"] <= 0.0 <= row["high"]:
