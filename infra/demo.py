@@ -207,7 +207,7 @@ async def _figures(settings: Settings, simulation: Simulation, screen: Screen, s
             screen.history.append(point)
             with contextlib.suppress(StoreError, *StoreUnavailable):
                 keys = await live_keys(client, settings.namespace)
-                await append_metrics(client, keys.metrics("world"), point)
+                await append_metrics(client, keys.metrics("world"), {**point, **simulation.names()})
                 await _read(client, keys, screen)
             show(simulation, screen)
     finally:

@@ -80,11 +80,9 @@ class Ledger(Scorecard):
     shown: list[tuple[Rows, Rows]] = field(default_factory=list)
     joys: list[float] = field(default_factory=list)
 
-    def add(
-        self, world: World, user: int, ours: Rows, popular: Rows, n: int, exclude: frozenset[int] = frozenset()
-    ) -> Entry:
+    def add(self, world: World, user: int, ours: Rows, popular: Rows, n: int, *, best: Rows | None = None) -> Entry:
         """Score our slate beside the best one; popularity is not asked for here."""
-        best = world.oracle(user, n, exclude)
+        best = world.oracle(user, n) if best is None else best
         entry = Entry(world.now, user, world.expected_clicks(user, ours), np.nan, world.expected_clicks(user, best))
         self.entries.append(entry)
         self.shown.append((ours, best))

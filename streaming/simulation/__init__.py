@@ -4,6 +4,7 @@ Files:
 
     world      users with known, drifting tastes, and items that appear and age
     titles     titles for its items
+    trend      how soon a surge of a topic shows in what is served
     people     its users acting through the public API: the demo
     trial      Freshet in this process as its recommender, under one policy: `freshet bench exploration`
     scorecard  what its slates were worth: ours, popular, oracle, paired

@@ -20,6 +20,7 @@ import numpy as np
 
 from streaming.simulation import titles
 from streaming.simulation.scorecard import Lead, Means, Scorecard
+from streaming.simulation.trend import Trend
 from streaming.simulation.world import Outcome, Rows, Visit, World, visits
 from streaming.topics import Log, Topics, partition_of
 
@@ -30,7 +31,8 @@ BATCH: Final = 500  # catalogue entries a request
 WINDOW_S: Final = 10.0  # of the means shown
 LEAD_S: Final = 60.0  # of the lead
 FINISH_S: Final = 1.0
-HORIZON_S: Final = 30.0  # visits are drawn this far ahead
+HORIZON_S: Final = 1.0  # visits are drawn this far ahead, and the crowd asked how many may come
+MAX_CROWD: Final = 500  # people that the page may call
 INLET_OF: Final = {"click": "clicks", "dwell": "dwells", "rating": "ratings", "action": "actions", "view": "views"}
 
 Send = Callable[[str, Sequence[dict[str, Any]]], Awaitable[str | None]]
@@ -97,7 +99,11 @@ def inlet_sender(log: Log, topics: Topics) -> Send:
 
 
 class ApiError(RuntimeError):
-    """The API did not answer, or not with success; the message says what was asked and what came."""
+    """The API did not answer (`status` 0), or not with success; the message says what was asked and what came."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Api:
@@ -141,14 +147,16 @@ class Api:
             await asyncio.sleep(float(answer.headers.get("Retry-After", "1")))
             return await self._ask(method, path, **rest)
         if answer.status >= 400:
-            raise ApiError(f"{method} {path}: {answer.status} {body[:200].decode(errors='replace')}")
+            got = body[:200].decode(errors="replace")
+            raise ApiError(f"{method} {path}: {answer.status} {got}", answer.status)
         return msgspec.json.decode(body)
 
 
 class Simulation:
     """The world's people against one API; `world` must start at about now.
 
-    `inlet` sends for every fifth person; None: all use HTTP. `clock` gives seconds since the epoch.
+    `inlet` sends for every fifth person; None: all use HTTP. `clock` gives seconds since the epoch. Each second it asks
+    `GET /-/crowd` what the page wishes: how many people come (each as often as before) and which topic surges.
     """
 
     def __init__(
@@ -157,9 +165,13 @@ class Simulation:
         self.world, self.card = world, Scorecard([])
         self._api, self._inlet, self._clock = api, inlet, clock
         self._rng = np.random.default_rng([world.seed, 1])
-        self._hands = [np.random.default_rng([world.seed, 2, user]) for user in range(world.users)]
+        self._hands: list[np.random.Generator] = []
         self._told = 0
-        self._numbers = [0] * world.users
+        self._numbers: list[int] = []
+        self.active = 0
+        self.invite(world.users)
+        self.trend = Trend()
+        self._obeyed = world.start  # wishes of before are not ours
         self._waits: deque[tuple[float, float]] = deque(maxlen=20_000)  # (time, seconds) of each lookup
         self.events = self.lookups = self.errors = self.turned_away = 0
         self.problem = ""
@@ -187,10 +199,47 @@ class Simulation:
                     return
                 await asyncio.sleep(0.05)
 
+    # ---- the crowd
+
+    def invite(self, people: int) -> None:
+        """Let the first so many people come from now on; those the world does not know yet come into being."""
+        self.world.grow(people)
+        for user in range(len(self._hands), people):
+            self._hands.append(np.random.default_rng([self.world.seed, 2, user]))
+            self._numbers.append(0)
+        self.active = people
+
+    def surge(self, topic: str) -> None:
+        """Let a topic surge from now on, and watch how soon it shows in what is served; an unknown one is ignored."""
+        names = [known.name for known in titles.TOPICS]
+        if topic in names:
+            self.world.advance(self._clock())
+            self.world.surge(names.index(topic))
+            self.trend.begin(names.index(topic), self.world.now)
+
+    async def obey(self) -> None:
+        """Ask what the page wishes and do what is new; an API without `/-/crowd` wishes nothing. Raises ApiError."""
+        try:
+            wish = (await self._api.get("/-/crowd")).get("wish")
+        except ApiError as error:
+            if error.status == 404:
+                return
+            raise
+        if not wish:
+            return
+        before, self._obeyed = self._obeyed, max(self._obeyed, wish["users_t"], wish["surge_t"])
+        if wish["users"] is not None and wish["users_t"] > before:
+            self.invite(min(int(wish["users"]), MAX_CROWD))
+        if wish["surge"] is not None and wish["surge_t"] > before:
+            self.surge(wish["surge"])
+
     # ---- the people
 
     async def run(self, seconds: float, *, slates_per_s: float) -> None:
-        """Let people come for `seconds` (inf: until cancelled); a visit that is not over soon after is cut short."""
+        """Let people come for `seconds` (inf: until cancelled); a visit that is not over soon after is cut short.
+
+        `slates_per_s` is for the people that the world began with; where more or fewer are invited, it goes with them.
+        """
         began = self._clock()
         running: set[asyncio.Task[None]] = set()
         publisher = asyncio.create_task(self._keep_publishing())
@@ -198,8 +247,7 @@ class Simulation:
             since = began
             while since < began + seconds:
                 span = min(HORIZON_S, began + seconds - since)
-                coming = visits(self.world, slates_per_s=slates_per_s, seconds=span, rng=self._rng, since=since)
-                for visit in coming:
+                for visit in self._coming(slates_per_s, span, since):
                     await asyncio.sleep(visit.time - self._clock())
                     if len(running) >= MAX_VISITS:
                         self.turned_away += 1
@@ -216,18 +264,25 @@ class Simulation:
                 task.cancel()
             await asyncio.gather(publisher, *running, return_exceptions=True)
 
+    def _coming(self, slates_per_s: float, seconds: float, since: float) -> list[Visit]:
+        if self.active == 0:
+            return []
+        rate = slates_per_s * float(self.world.activity[: self.active].sum())  # the sum over the first people is 1
+        return visits(self.world, slates_per_s=rate, seconds=seconds, rng=self._rng, since=since, people=self.active)
+
     async def _keep_publishing(self) -> None:
         while True:
             await asyncio.sleep(1.0)
             try:
                 await self.publish()
+                await self.obey()
             except ApiError as error:
                 self._note(error)
 
     async def _visit(self, visit: Visit) -> None:
         user, rng, token = visit.user, self._hands[visit.user], None
         try:
-            if rng.random() < self.world.parameters.browse:
+            if self.world.browses(rng):
                 token = await self._send(user, self.world.browse(user, rng), None)
             for pause in (0.0, *visit.pauses):
                 await asyncio.sleep(pause)
@@ -249,7 +304,9 @@ class Simulation:
         popular = await self._api.get("/v1/popular", n=str(N), user_id=user_id(user))
         self.world.advance(self._clock())
         ours = rows_of(answer["items"])
-        self.card.add(self.world, user, ours, rows_of(popular["items"]), N)
+        best, topics = self.world.oracle(user, N), self.world.topic_of
+        self.card.add(self.world, user, ours, rows_of(popular["items"]), N, best=best)
+        self.trend.add(self.world.now, user, topics[ours], topics[best])
         self._firsts(answer["model_step"])
         return await self._send(user, self.world.react(user, ours, rng), answer["slate_id"])
 
@@ -300,8 +357,31 @@ class Simulation:
             "lead": lead.mean, "lead_low": lead.low, "lead_high": lead.high,
             "lead_s": min(LEAD_S, now - self.world.start), "slates": len(self.card.entries), "events": self.events,
             "lookup_p50_ms": p50, "lookup_p99_ms": p99, "errors": self.errors, "items": self._told,
+            "users": self.active, **self._trending(now),
         }  # fmt: skip
         return {name: round(float(value), 5) for name, value in point.items() if np.isfinite(value)}
+
+    def _trending(self, now: float) -> dict[str, float]:
+        """Shares of the slots by topic, and how far the surge that is on has shown; NaN for what is not known."""
+        ours, best = self.trend.shares()
+        told = {f"share_{topic}": share for topic, share in enumerate(ours.tolist())}
+        if self.world.surge_strength() == 0.0:
+            self.trend.end()
+        if (watched := self.trend.watched) is None:
+            return told
+        return told | {
+            "surge_t": watched.began, "surge_age_s": now - watched.began, "surge_base": watched.base,
+            "surge_share": told[f"share_{watched.topic}"], "surge_best": float(best[watched.topic]),
+            "noticed_s": np.nan if watched.noticed is None else watched.noticed,
+        }  # fmt: skip
+
+    def names(self) -> dict[str, str]:
+        """What the curve `world` carries beside its figures: the topics, joined by "|", and the one that surges."""
+        watched = self.trend.watched
+        return {
+            "topics": "|".join(topic.name for topic in titles.TOPICS),
+            "topic": "" if watched is None else titles.TOPICS[watched.topic].name,
+        }
 
     def report(self) -> dict[str, Any]:
         """The run so far, for `--json`: expected clicks and lead of the last minute, and what was sent."""

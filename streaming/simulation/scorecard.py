@@ -56,15 +56,14 @@ class Scorecard:
 
     entries: list[Entry]
 
-    def add(
-        self, world: World, user: int, ours: Rows, popular: Rows, n: int, exclude: frozenset[int] = frozenset()
-    ) -> Entry:
+    def add(self, world: World, user: int, ours: Rows, popular: Rows, n: int, *, best: Rows | None = None) -> Entry:
         """Score the slate we served and the popular one for the same person at the same moment, before they react.
 
-        `n` were asked for: a slate that came back shorter is scored as it is, the oracle has n.
+        `n` were asked for: a slate that came back shorter is scored as it is, the oracle has n (`best`, where the
+        caller has asked it already).
         """
-        best = world.expected_clicks(user, world.oracle(user, n, exclude))
-        entry = Entry(world.now, user, world.expected_clicks(user, ours), world.expected_clicks(user, popular), best)
+        slates = (ours, popular, world.oracle(user, n) if best is None else best)
+        entry = Entry(world.now, user, *(world.expected_clicks(user, slate) for slate in slates))
         self.entries.append(entry)
         return entry
 
@@ -151,7 +150,7 @@ class Play:
 
     def _one_slate(self, user: int, *, first: bool) -> None:
         world, people, rng = self.world, self.people, self._hands[user]
-        if first and rng.random() < world.parameters.browse:
+        if first and world.browses(rng):
             people.observe(user, world.browse(user, rng), None, world.now)
         ours, popular = people.recommend(user, self.n, world.now), people.popular(user, self.n, world.now)
         self.card.add(world, user, ours, popular, self.n)

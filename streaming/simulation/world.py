@@ -13,6 +13,13 @@ The law of a click, for person `u`, item `i`, position `k` (from 0) and time `t`
 
 `r` is 1, and `repeat` once the person has clicked the item. Both popularity and taste carry information: about three
 fifths of the variance of the log-odds are the item's own appeal, age and topic, about two fifths are personal.
+
+A topic may surge (`surge`): for `surge_s` after it began at time b, every item of that topic gains
+
+    lift(t) = surge_lift 2^-((t - b) / surge_half_life_s)     in log-odds, for everybody
+
+and the chance that a visitor also finds an item without us rises by `surge_browse` lift(t) / surge_lift. It is part of
+the truth, so the best slate and the expected clicks of every slate follow it at once.
 """
 
 from __future__ import annotations
@@ -61,6 +68,10 @@ class Parameters:
     browse: float = 0.3  # chance per visit that the person also finds an item without us
     browse_pool: int = 40  # how many items they glance at then
     rate: float = 0.12  # chance that a click leads to a rating
+    surge_lift: float = 2.0  # log-odds that the items of a surging topic gain at first: its odds are 7.4 times as high
+    surge_half_life_s: float = 120.0  # in which that halves
+    surge_s: float = 600.0  # then the surge is over (it has fallen to a 32nd)
+    surge_browse: float = 0.5  # what it adds at first to the chance that a visitor finds an item without us
 
 
 PARAMETERS = Parameters()
@@ -85,6 +96,13 @@ class Visit(NamedTuple):
     pauses: tuple[float, ...]
 
 
+class Surge(NamedTuple):
+    """A topic everybody wants more of since `began`."""
+
+    topic: int
+    began: float
+
+
 class World:
     """People, items and the truth about them at the time of the last `advance`."""
 
@@ -92,6 +110,7 @@ class World:
         self.parameters = p = parameters
         self.seed, self.start, self.now, self.first_items = seed, start, start, items
         self._ticks = 0
+        self.surging: Surge | None = None
         rng = self._generator(0)
         self.topic_share = _skewed(len(titles.TOPICS), p.topic_skew)
         self.topics = _unit(rng.standard_normal((len(titles.TOPICS), p.dims)))
@@ -116,12 +135,30 @@ class World:
         self.users = users
         self.bias = p.bias * rng.standard_normal(users)
         self.activity = np.exp(p.activity * rng.standard_normal(users))
-        self.activity /= self.activity.sum()
+        self._bustle = self.activity.sum()
+        self.activity /= self._bustle
         self.interests = np.array([self._pick_topics(p.interests, rng) for _ in range(users)]).reshape(
             users, p.interests
         )
         self.personal = rng.standard_normal((users, p.dims)) / np.sqrt(p.dims)
         self.clicked: list[set[int]] = [set() for _ in range(users)]
+        self._retaste()
+
+    def grow(self, users: int) -> None:
+        """Let people come into being, by the same laws, until there are `users`; nobody leaves.
+
+        Each has a generator of their own, so who comes does not depend on how many come at once. `activity` is
+        relative to the first people's, whose sum is 1.
+        """
+        p = self.parameters
+        for user in range(self.users, users):
+            rng = self._generator(4, user)
+            self.bias = np.append(self.bias, p.bias * rng.standard_normal())
+            self.activity = np.append(self.activity, np.exp(p.activity * rng.standard_normal()) / self._bustle)
+            self.interests = np.vstack([self.interests, self._pick_topics(p.interests, rng)])
+            self.personal = np.vstack([self.personal, rng.standard_normal(p.dims) / np.sqrt(p.dims)])
+            self.clicked.append(set())
+        self.users = max(users, self.users)
         self._retaste()
 
     def _pick_topics(self, count: int, rng: np.random.Generator) -> Rows:
@@ -197,13 +234,32 @@ class World:
             self.interests[user, rng.integers(self.parameters.interests)] = self._pick_topics(1, rng)[0]
         self._retaste()
 
+    def surge(self, topic: int) -> None:
+        """Let a topic (its place in `titles.TOPICS`) surge from now on; an earlier surge ends."""
+        self.surging = Surge(topic, self.now)
+
+    def surge_strength(self) -> float:
+        """How much of the surge is left, 1 at its beginning, 0 where none is on."""
+        p = self.parameters
+        if self.surging is None or self.now - self.surging.began >= p.surge_s:
+            return 0.0
+        return float(2.0 ** (-(self.now - self.surging.began) / p.surge_half_life_s))
+
     # ---- the truth
+
+    def _wanted(self, rows: Rows) -> Floats:
+        """Log-odds of `rows` that are the same for everybody: their appeal, and what a surge adds."""
+        strength = self.surge_strength()
+        wanted: Floats = self.appeal[rows]
+        if self.surging is None or strength == 0.0:
+            return wanted
+        return wanted + self.parameters.surge_lift * strength * (self.topic_of[rows] == self.surging.topic)
 
     def attraction(self, user: int, rows: Rows) -> Floats:
         """p(click | looked at) of `user` for each item of `rows` now."""
         p = self.parameters
         age = np.maximum(0.0, self.now - self.published[rows])
-        logit = p.base + self.bias[user] + p.gain * (self.vectors[rows] @ self.taste[user]) + self.appeal[rows]
+        logit = p.base + self.bias[user] + p.gain * (self.vectors[rows] @ self.taste[user]) + self._wanted(rows)
         chance = 1.0 / (1.0 + np.exp(-(logit - np.minimum(np.log(2.0) * age / self.shelf[rows], p.floor))))
         known = self.clicked[user]
         if known:
@@ -213,7 +269,7 @@ class World:
     def welcome(self, rows: Rows) -> Floats:
         """Mean over all people of p(click | looked at) of each item of `rows`, as if new and clicked by nobody."""
         p = self.parameters
-        logit = p.base + self.bias[:, None] + p.gain * (self.taste @ self.vectors[rows].T) + self.appeal[rows]
+        logit = p.base + self.bias[:, None] + p.gain * (self.taste @ self.vectors[rows].T) + self._wanted(rows)
         return np.asarray((1.0 / (1.0 + np.exp(-logit))).mean(axis=0))
 
     def looked_at(self, n: int) -> Floats:
@@ -252,11 +308,16 @@ class World:
             )
         return done
 
+    def browses(self, rng: np.random.Generator) -> bool:
+        """Draw whether a visitor also finds an item without us; more often while a topic surges."""
+        p = self.parameters
+        return bool(rng.random() < min(1.0, p.browse + p.surge_browse * self.surge_strength()))
+
     def browse(self, user: int, rng: np.random.Generator) -> list[Outcome]:
         """The person finds one item without us (a search, a friend's link): the talked-about, chosen by taste."""
         rows = np.arange(self.live)
         age = np.log(2.0) * np.maximum(0.0, self.now - self.published[rows]) / self.shelf[rows]
-        talk = np.exp(self.appeal[rows] - np.minimum(age, self.parameters.floor))
+        talk = np.exp(self._wanted(rows) - np.minimum(age, self.parameters.floor))
         pool = rng.choice(rows, min(self.parameters.browse_pool, len(rows)), replace=False, p=talk / talk.sum())
         chance = self.attraction(user, pool)
         return self._click(user, int(rng.choice(pool, p=chance / chance.sum())), -1, rng)
@@ -288,17 +349,24 @@ class World:
 
 
 def visits(
-    world: World, *, slates_per_s: float, seconds: float, rng: np.random.Generator, since: float | None = None
-) -> list[Visit]:
-    """Visits for `seconds` from `since` (the world's start): Poisson arrivals, busy people more often, by time."""
+    world: World, *, slates_per_s: float, seconds: float, rng: np.random.Generator, since: float | None = None,
+    people: int | None = None,
+) -> list[Visit]:  # fmt: skip
+    """Visits for `seconds` from `since` (the world's start): Poisson arrivals, busy people more often, by time.
+
+    people: only the first so many of the world's people come; None: all.
+    """
     p = world.parameters
     count = int(rng.poisson(slates_per_s * seconds / p.session))
     times = np.sort((world.start if since is None else since) + seconds * rng.random(count))
-    people = rng.choice(world.users, count, p=world.activity)
+    activity = world.activity[:people]
+    if not np.isclose(whole := activity.sum(), 1.0, rtol=1e-12):
+        activity = activity / whole
+    users = rng.choice(len(activity), count, p=activity)
     more = rng.geometric(1.0 / p.session, count) - 1
     return [
         Visit(float(t), int(u), tuple(rng.exponential(p.pause_s, int(m)).tolist()))
-        for t, u, m in zip(times, people, more, strict=True)
+        for t, u, m in zip(times, users, more, strict=True)
     ]
 
 
