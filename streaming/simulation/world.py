@@ -253,7 +253,7 @@ class World:
         wanted: Floats = self.appeal[rows]
         if self.surging is None or strength == 0.0:
             return wanted
-        return wanted + self.parameters.surge_lift * strength * (self.topic_of[rows] == self.surging.topic)
+        return np.asarray(wanted + self.parameters.surge_lift * strength * (self.topic_of[rows] == self.surging.topic))
 
     def attraction(self, user: int, rows: Rows) -> Floats:
         """p(click | looked at) of `user` for each item of `rows` now."""
