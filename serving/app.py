@@ -115,8 +115,8 @@ def create_parts(settings: Settings) -> Parts:
 async def opened(parts: Parts) -> AsyncIterator[None]:
     """Connect the parts and keep them connected; on leaving, log what waits and disconnect."""
     await _check_topics(parts)
-    parts.snapshot.start()
     logging.getLogger().addHandler(parts.news)
+    parts.snapshot.start()
     parts.impressions.start()
     always: dict[str, Callable[[], Awaitable[None]]] = {
         "log": lambda: keep_log(parts), "ends": lambda: watch_ends(parts), "delay": parts.overload.watch_loop,
@@ -127,8 +127,8 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
         logging.getLogger().removeHandler(parts.news)
+        for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await parts.impressions.stop()
