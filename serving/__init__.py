@@ -12,7 +12,8 @@ Files, from the door inwards:
     erasure      forgetting a user, and the receipt
     ingest       events and catalogue entries -> the log
     lookup       a slate, similar, popular
-    introspect   health, metrics, settings, state: the system explains itself
+    introspect   health, settings, state: the system explains itself
+    metrics      what /metrics answers, of this process and of those without a port
     parts        what the routes work with
     snapshot     item and model arrays of this process, kept live by the feeds
     slates       served slates on their way to the log

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from infra.telemetry import HTTP_SECONDS, Telemetry
-from serving import erasure, ingest, introspect, lookup
+from serving import erasure, ingest, introspect, lookup, metrics
 from serving.doors import Door, Handler, docs_page
 from serving.erasure import Receipt
 from serving.ingest import ItemBody, ItemEntry
@@ -97,7 +97,7 @@ def _own(parts: Parts) -> list[Door]:
         door("/health/live", introspect.live, "This process answers"),
         door("/health/ready", introspect.ready, "Loaded, Kafka and Redis reachable; 503 with reasons otherwise",
              problems=(503,), problem=dict[str, Any]),
-        door("/metrics", introspect.metrics, "Prometheus series", answer=None, media="text/plain"),
+        door("/metrics", metrics.Exposition().answer, "Prometheus series", answer=None, media="text/plain"),
         door("/-/settings", introspect.settings, "Every setting, secrets masked", answer=list[dict[str, Any]]),
         door("/-/topics", introspect.topics, "Topics, partitions, end offsets", problems=(503,)),
         door("/-/models", introspect.models, "Versions, what is served, what was refused, readable weights"),

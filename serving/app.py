@@ -35,6 +35,7 @@ from serving.guard import SECURITY_HEADERS, BindingError, Guard, check_binding
 from serving.introspect import not_ready
 from serving.keys import KeyRing, KeysError
 from serving.messages import Problem, problem_response
+from serving.metrics import watch_degraded
 from serving.overload import Overload
 from serving.parts import Parts
 from serving.slates import Impressions
@@ -120,7 +121,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
     parts.impressions.start()
     always: dict[str, Callable[[], Awaitable[None]]] = {
         "log": lambda: keep_log(parts), "ends": lambda: watch_ends(parts), "delay": parts.overload.watch_loop,
-        "lag": parts.overload.watch_lag,
+        "lag": parts.overload.watch_lag, "degraded": lambda: watch_degraded(parts),
     }  # fmt: skip
     tasks = [asyncio.create_task(_always(name, work), name=name) for name, work in always.items()]
     tasks += [asyncio.create_task(_warm(parts), name="warm"), asyncio.create_task(_tell_ready(parts), name="ready")]
@@ -185,7 +186,8 @@ async def watch_ends(parts: Parts) -> None:
                     async with asyncio.timeout(2 * ENDS_S):  # twice what a request of it may take
                         found = await ask([dead, *((events, p) for p in range(parts.topics.partitions))])
                     parts.dead_letters = found.pop(dead)
-                    parts.overload.at_most({partition: end for (_, partition), end in found.items()}, noted)
+                    parts.ends = {partition: end for (_, partition), end in found.items()}
+                    parts.overload.at_most(parts.ends, noted)
                 except away as error:
                     log.debug("ends: %s: %s", type(error).__name__, error)
                     with contextlib.suppress(*away):  # the next time over a new connection, whatever this one waits for

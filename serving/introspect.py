@@ -1,4 +1,4 @@
-"""The system explains itself: health, metrics, settings, topics, models, state, and what is known of a user or an item.
+"""The system explains itself: health, settings, topics, models, state, and what is known of a user or an item.
 
 Knows nothing about how a slate is made; it only reads.
 """
@@ -12,24 +12,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from infra.telemetry import (
-    BAD,
-    BUFFER_BOUND,
-    BUFFER_USED,
-    CONTENT_TYPE,
-    DEAD_LETTERS,
-    FOLD_LAG,
-    KEPT,
-    KEPT_BOUND,
-    LOOP_DELAY,
-    MODEL_REFUSED,
-    MODEL_STEP,
-    PROCESS_BYTES,
-    REDIS_BYTES,
-    SNAPSHOT_POSITION,
-    SNAPSHOT_ROWS,
-    resident_mb,
-)  # fmt: skip
+from infra.telemetry import resident_mb
 from models.bandit import FIRST
 from models.bandit.posterior import normal_gamma
 from models.decay import NAMES, STEPS
@@ -70,52 +53,6 @@ def not_ready(parts: Parts) -> list[str]:
     if parts.log_problem:
         reasons.append(f"Kafka: {parts.log_problem}")
     return reasons
-
-
-async def metrics(parts: Parts, request: Request) -> Response:
-    """GET /metrics: Prometheus text."""
-    snapshot, telemetry = parts.snapshot, parts.telemetry
-    telemetry.set(SNAPSHOT_POSITION, snapshot.live.items_position, feed="items")
-    telemetry.set(SNAPSHOT_POSITION, snapshot.live.model_position, feed="model")
-    telemetry.set(SNAPSHOT_ROWS, snapshot.live.items.rows.known, feed="items")
-    telemetry.set(BAD, len(snapshot.live.bad))
-    if parts.dead_letters is not None:
-        telemetry.set(DEAD_LETTERS, parts.dead_letters)
-    await _set_sizes(parts)
-    await _set_versions(parts)
-    telemetry.set(LOOP_DELAY, parts.overload.delay_s)
-    for fold, behind in parts.overload.lag.items():
-        telemetry.set(FOLD_LAG, behind, fold=fold)
-    for name, held in buffers(parts).items():
-        telemetry.set(BUFFER_USED, held["used"], buffer=name)
-        telemetry.set(BUFFER_BOUND, held["bound"], buffer=name)
-    return Response(telemetry.exposition(), media_type=CONTENT_TYPE)
-
-
-async def _set_sizes(parts: Parts) -> None:
-    """Put what processes and Redis hold into the gauges."""
-    telemetry, kept = parts.telemetry, parts.settings
-    sizes, resident = await parts.snapshot.sizes(kept.partitions)
-    for process, megabytes in {**resident, "api": resident_mb()}.items():
-        telemetry.set(PROCESS_BYTES, megabytes * 1e6, process=process)
-    for kind, size in sizes.bytes.items():
-        telemetry.set(REDIS_BYTES, size, kind=kind)
-    bounds = {"users": kept.max_users, "items": kept.max_items, "learnt": kept.max_items}
-    for what, count in {"users": sizes.users, "items": sizes.items, "learnt": sizes.learnt}.items():
-        telemetry.set(KEPT, count, what=what)
-        telemetry.set(KEPT_BOUND, bounds[what], what=what)
-
-
-async def _set_versions(parts: Parts) -> None:
-    """Put into the gauges which weights are served, and what the learner's guard refused."""
-    telemetry, told = parts.telemetry, await parts.snapshot.versions()
-    telemetry.set(MODEL_STEP, parts.snapshot.live.model.step, what="served")
-    if told:
-        published = [about["version"] for about in told["versions"] if not about["refused"]]
-        telemetry.set(MODEL_STEP, told["learnt"]["step"], what="learnt")
-        telemetry.set(MODEL_STEP, max(published, default=0), what="version")
-        telemetry.set(MODEL_STEP, told["pinned"] or 0, what="pinned")
-        telemetry.set(MODEL_REFUSED, told["refused"])
 
 
 async def settings(parts: Parts, request: Request) -> Response:

@@ -53,6 +53,8 @@ class Parts:
     warm: bool = False
     dead_letters: int | None = None
     """Records in the topic dead-letters, as last asked; None until Kafka told."""
+    ends: dict[int, int] = field(default_factory=dict)
+    """Ends of the partitions of `events`, as last asked."""
     head_weights: NDArray[np.float64] = field(init=False)
     """Of the sum that orders items, f64[H], by the setting."""
 

@@ -188,6 +188,7 @@ class FeedState:
     applied: int = 0
     skipped: int = 0
     at: float = 0.0
+    bytes: int = 0
     pending: list[Delta] = field(default_factory=list)
 
 
@@ -266,11 +267,15 @@ class Snapshot:
 
     async def read_lag(self, ends: Mapping[int, int]) -> dict[str, int]:
         """Return how many events before `ends` (partition -> offset) a fold has not applied; raises what Redis does."""
+        return {fold: sum(behind.values()) for fold, behind in (await self.read_lags(ends)).items()}
+
+    async def read_lags(self, ends: Mapping[int, int]) -> dict[str, dict[int, int]]:
+        """Return the same by partition."""
         reads = await self._users.read({p: [] for p in ends})
         marks = msgspec.json.decode((await self._items.head()).get("marks", b"{}"), type=dict[int, int])
         return {
-            "user": sum(max(0, end - reads[p].applied) for p, end in ends.items()),
-            "item": sum(max(0, reads[p].applied - marks.get(p, 0)) for p in ends),
+            "user": {p: max(0, end - reads[p].applied) for p, end in ends.items()},
+            "item": {p: max(0, reads[p].applied - marks.get(p, 0)) for p in ends},
         }
 
     async def read_metrics(self, name: str, after: str, count: int) -> list[tuple[str, dict[str, str]]]:
@@ -398,6 +403,7 @@ class Snapshot:
 
     async def _read(self, key: str, feed: FeedState) -> list[tuple[str, Delta]]:
         entries = await read_feed(self._feeds, key, feed.last_id, block_ms=BLOCK_MS, count=16)
+        feed.bytes += sum(delta.size for _, delta in entries)
         self.connected, self._reason = True, ""
         return entries
 

@@ -34,6 +34,11 @@ class Delta:
     gone: Sequence[int] = ()
     parts: int = -1
 
+    @property
+    def size(self) -> int:
+        """Bytes of what it carries."""
+        return 8 * (len(self.keys) + len(self.gone)) + sum(map(len, self.values)) + len(self.dense)
+
 
 def delta_fields(delta: Delta) -> dict[Any, Any]:
     """Return a delta as the fields of a stream entry."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, resident_mb
+from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, FRESH, resident_mb
 from streaming.kafka.ground import Ground, GroundError
 from streaming.state import Keys, StoreUnavailable, append_metrics
 from streaming.topics import LogError
@@ -118,8 +118,9 @@ class Progress:
         each = {f"lag_{tp.partition}": count for tp, count in sorted(waiting.items()) if tp.topic == topic}
         return {"lag": sum(waiting.values()), **each}
 
-    def take(self) -> dict[str, float]:
-        """Return the figures since the last call."""
+    def take(self) -> dict[str, Any]:
+        """Return the figures since the last call; `applied_buckets` counts ages by the buckets of FRESH."""
+        buckets = np.bincount(np.searchsorted(FRESH, np.array(self.ages_ms) / 1000), minlength=len(FRESH) + 1)
         ages = np.sort(np.array(self.ages_ms or [0.0]))
         skews = np.array(self.skews_s or [0.0])
         skews = skews[np.argsort(np.abs(skews))]  # by size, either way: a clock ahead matters as much as one behind
@@ -127,15 +128,16 @@ class Progress:
             "t": round(time.time(), 3), "events": self.events, "duplicates": self.duplicates, "dead": self.dead,
             "poisoned": self.poisoned, "dedupe_overflow": self.overflow,
             "applied_p50_ms": round(float(ages[len(ages) // 2]), 2),
-            "applied_p99_ms": round(float(ages[int(len(ages) * 0.99)]), 2), "erased": self.erased,
             "applied_p95_ms": round(float(ages[int(len(ages) * 0.95)]), 2),
+            "applied_p99_ms": round(float(ages[int(len(ages) * 0.99)]), 2), "erased": self.erased,
+            "applied_buckets": " ".join(map(str, buckets)), "applied_sum_ms": round(sum(self.ages_ms), 1),
             "skew_p50_s": round(float(skews[len(skews) // 2]), 3),
             "skew_p99_s": round(float(skews[int(len(skews) * 0.99)]), 3), "rss_mb": resident_mb(),
             **{f"events_{kind}": count for kind, count in self.kinds.items()}, **self.held,
         }  # fmt: skip
+        self.kinds = Counter(dict.fromkeys(self.kinds, 0))  # a type that was seen once is told as 0 from then on
         self.events = self.duplicates = self.dead = self.overflow = self.poisoned = 0
         self.erased, self.ages_ms, self.skews_s = 0, [], []
-        self.kinds = Counter(dict.fromkeys(self.kinds, 0))  # a type that was seen once is told as 0 from then on
         return figures
 
 

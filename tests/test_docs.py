@@ -119,7 +119,7 @@ def test_every_series(series: object) -> None:
     from infra.telemetry import Series
 
     assert isinstance(series, Series)
-    assert f"| `{series.name}` | {series.kind} | {', '.join(series.labels)} | {series.help} |" in docs()
+    assert f"| `{series.name}` | {series.kind} | {', '.join(series.labels)} | {series.of} | {series.help} |" in docs()
 
 
 def test_every_series_is_measured_somewhere() -> None:
@@ -129,7 +129,7 @@ def test_every_series_is_measured_somewhere() -> None:
     imported = {
         alias.name
         for package in ("streaming", "serving", "infra")
-        for path in (ROOT / package).glob("*.py")
+        for path in (ROOT / package).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == "infra.telemetry"
         for alias in node.names

@@ -56,3 +56,31 @@ def test_ready_is_told_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv(telemetry.READY_FILE, str(tmp_path / "ready"))
     mark_ready()
     assert (tmp_path / "ready").read_text() == str(os.getpid())
+
+
+def test_a_histogram_that_another_process_counted_reads_like_one_of_this_process() -> None:
+    own, told = Telemetry(), Telemetry()
+    seconds = [0.0004, 0.0005, 0.004, 400.0]
+    for value in seconds:
+        own.observe(telemetry.APPLIED_SECONDS, value, fold="user")
+    counts = [0.0] * (len(telemetry.FRESH) + 1)
+    for value in seconds:
+        counts[sum(edge < value for edge in telemetry.FRESH)] += 1
+    told.add(telemetry.APPLIED_SECONDS, [0.0] * len(counts), 0.0, fold="user")
+    told.add(telemetry.APPLIED_SECONDS, counts, sum(seconds), fold="user")
+    assert told.exposition() == own.exposition()
+
+
+def test_a_sum_kept_elsewhere_that_begins_anew_goes_on_counting() -> None:
+    own = Telemetry()
+    for total in (10.0, 15.0, 3.0, 4.0):
+        own.total(telemetry.FEED_BYTES, total, feed="items")
+    assert 'freshet_feed_bytes_total{feed="items"} 19.0' in own.exposition().decode()
+
+
+def test_a_gauge_can_be_forgotten() -> None:
+    own = Telemetry()
+    own.set(telemetry.TOLD_AGE, 1.0, process="users-3")
+    own.forget(telemetry.TOLD_AGE, process="users-3")
+    own.forget(telemetry.HELD, process="users-3", buffer="queued")
+    assert "users-3" not in own.exposition().decode()

@@ -1,0 +1,130 @@
+"""Every series that is named comes out of a running stack after traffic, with the labels that it says, and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from infra import telemetry
+from infra.settings import Settings
+from infra.stack import Stack
+from infra.telemetry import SERIES, Series
+from streaming.topics import Log, Topics
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+Samples = dict[str, dict[frozenset[tuple[str, str]], float]]
+# What only a fault brings about, and the test that brings it about.
+ONLY_WHEN_BROKEN = {
+    telemetry.SNAPSHOT_RELOADS: "a feed with a hole: tests/test_snapshot.py",
+    telemetry.REQUESTS_SHED: "more than the folds can keep up with: tests/test_overload.py",
+    telemetry.UNREADABLE: "damaged profile bytes: tests/test_overload.py",
+}
+
+
+def samples(text: str) -> Samples:
+    """Name -> labels -> value; buckets without their edge."""
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = frozenset((name, value) for name, value in sample.labels.items() if name != "le")
+            found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
+def of(found: Samples, series: Series, **labels: str) -> float | None:
+    name = series.name + "_count" * (series.kind == "histogram")
+    return found.get(name, {}).get(frozenset(labels.items()))
+
+
+@pytest.fixture(scope="module")
+def stack(kafka: str, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    settings = Settings.load(
+        tmp_path_factory.mktemp("series"), env={}, kafka=kafka, redis=redis_url, namespace=f"series{time.time_ns()}",
+        partitions=2, feature_share=1.0,
+    )  # fmt: skip
+    with Stack(settings, processes=("users", "items", "learner", "api")) as started:
+        yield started
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=stack.api, timeout=10) as made:
+        yield made
+
+
+async def scraped(client: httpx.AsyncClient) -> Samples:
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    return samples(answer.text)
+
+
+async def traffic(client: httpx.AsyncClient, stack: Stack) -> None:
+    """What people do, a duplicate, a refused event, a dead letter, and a lookup after an event."""
+    items = [{"item_id": f"item-{number}", "title": f"Item {number}"} for number in range(60)]
+    assert (await client.post("/v1/items", json=items)).status_code == 202
+    while not (await client.get("/v1/popular")).json()["items"]:
+        await asyncio.sleep(0.05)
+    for turn in range(12):
+        for user in ("ann", "ben", "cid"):
+            slate = (await client.get(f"/v1/recommendations/{user}?n=3")).json()
+            chosen = slate["items"][0]["item_id"]
+            common = {"user_id": user, "item_id": chosen, "ts": time.time()}
+            events = [
+                {"type": "click", **common, "slate_id": slate["slate_id"], "event_id": f"{user}{turn}"},
+                {"type": "dwell", **common, "seconds": 40.0, "event_id": f"d{user}{turn}"},
+                {"type": "view", **common, "item_id": f"item-{turn % 5}", "event_id": f"v{user}{turn}"},
+            ]
+            posted = await client.post("/v1/events", json=events)
+            assert posted.status_code == 202, posted.text
+            await client.get(f"/v1/recommendations/{user}?n=3&after={posted.json()['token']}&wait_ms=2000")
+    again = {"type": "click", "user_id": "ann", "item_id": "item-1", "ts": time.time(), "event_id": "ann3"}
+    assert (await client.post("/v1/events", json=again)).status_code == 202
+    assert (await client.post("/v1/events", json=[{"type": "click"}])).status_code == 202
+    log = Log(stack.kafka)
+    await log.start()
+    await log.append(Topics(stack.settings.namespace, 2).inlet("clicks"), [(0, b"x", b'{"user_id": 1}')])
+    await log.stop()
+
+
+async def until(client: httpx.AsyncClient, done: Any, seconds: float = 150.0) -> Samples:
+    end = time.monotonic() + seconds
+    while True:
+        found = await scraped(client)
+        if done(found) or time.monotonic() > end:
+            return found
+        await asyncio.sleep(0.3)
+
+
+async def test_every_series_comes_out_of_a_running_stack(client: httpx.AsyncClient, stack: Stack) -> None:
+    await scraped(client)  # from here on what the others tell is counted
+    await traffic(client, stack)
+    wanted = {series for series in SERIES if series not in ONLY_WHEN_BROKEN}
+
+    def missing(found: Samples) -> set[str]:
+        names = {series.name + "_count" * (series.kind == "histogram") for series in wanted}
+        return names - found.keys()
+
+    def arrived(found: Samples) -> bool:
+        told = (of(found, telemetry.NOT_APPLIED, why="duplicate"), of(found, telemetry.DEAD_LETTERS))
+        return not missing(found) and all(told)
+
+    found = await until(client, arrived)
+    assert not missing(found)
+    for series in SERIES:
+        name = series.name + "_count" * (series.kind == "histogram")
+        for labels in found.get(name, {}):
+            assert {label for label, _ in labels} == set(series.labels), series
+    assert of(found, telemetry.FOLDED, type="click") == 37
+    assert of(found, telemetry.APPLIED, fold="user") == of(found, telemetry.APPLIED_SECONDS, fold="user")
+    assert of(found, telemetry.NOT_APPLIED, why="duplicate") == 1
+    assert (of(found, telemetry.LEARNT, what="events") or 0) > 0
+    assert of(found, telemetry.READY) == of(found, telemetry.REACHABLE, server="kafka") == 1
+    behind = [of(found, telemetry.LAG, fold=fold, partition=p) for fold in ("user", "item") for p in ("0", "1")]
+    assert behind == [0, 0, 0, 0]
+    assert (of(found, telemetry.TOLD_AGE, process="users-0") or 99) < 10
