@@ -15,6 +15,8 @@ from starlette.responses import Response
 
 from infra.telemetry import HTTP_SECONDS, Telemetry
 from serving import erasure, ingest, introspect, lookup, metrics
+from serving.dashboard import arms, search, served
+from serving.dashboard.atlas import Atlas, MapQuery
 from serving.doors import Door, Handler, docs_page
 from serving.erasure import Receipt
 from serving.ingest import ItemBody, ItemEntry
@@ -55,7 +57,7 @@ _LOOKUP = (
 
 def doors(parts: Parts, app: FastAPI) -> list[Door]:
     """Return every route of the API."""
-    return [*_v1(parts), *_own(parts), _docs(parts, app)]
+    return [*_v1(parts), *_own(parts), *_dashboard(parts), _docs(parts, app)]
 
 
 def _v1(parts: Parts) -> list[Door]:
@@ -104,6 +106,27 @@ def _own(parts: Parts) -> list[Door]:
         door("/-/state", introspect.state, "Positions, feeds, buffers, what is degraded"),
         door("/-/state/{user_id:path}", introspect.user_state, "Where a user's state lies and how far it is folded",
              problems=(422, 503)),
+    ]  # fmt: skip
+
+
+def _dashboard(parts: Parts) -> list[Door]:
+    def door(path: str, handler: PartsHandler, summary: str, **rest: Any) -> Door:
+        return _door(parts, "GET", path, handler, summary, "dashboard", answer=dict[str, Any], **rest)
+
+    atlas = Atlas()
+    return [
+        door("/-/bandits", arms.bandits, "Each item's posterior, and the new ones on their way", query=arms.ArmsQuery,
+             problems=(422,)),
+        door("/-/map", atlas.items, "Items as points of a map that stays where it is", query=MapQuery, problems=(422,)),
+        door("/-/map/users/{user_id:path}", atlas.user, "A user on that map", problems=(422, 503)),
+        door("/-/items/{item_id:path}", served.item, "Through which channels an item was shown, and its neighbours",
+             problems=(404,)),
+        door("/-/slates", served.slates, "The last slates, with what they were drawn from", query=served.SlatesQuery,
+             problems=(422,)),
+        door("/-/slates/{slate_id}", served.slate, "One of the last slates", problems=(404,)),
+        door("/-/quality", served.quality, "How what was shown is spread"),
+        door("/-/search", search.search, "Find items, and users served lately", query=search.SearchQuery,
+             problems=(422,)),
     ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from starlette.routing import Match
 
 from infra.settings import Settings
 from infra.telemetry import EXIT_FOR_GOOD, IMPRESSIONS, SNAPSHOT_RELOADS, Telemetry, configure_logging, mark_ready
+from models.bandit import explored
 from models.examples import item_hash
 from models.items import CatalogueItem
 from models.profile import Profiles, unpack
@@ -125,6 +126,7 @@ async def opened(parts: Parts) -> AsyncIterator[None]:
     }  # fmt: skip
     tasks = [asyncio.create_task(_always(name, work), name=name) for name, work in always.items()]
     tasks += [asyncio.create_task(_warm(parts), name="warm"), asyncio.create_task(_tell_ready(parts), name="ready")]
+    tasks.append(asyncio.create_task(_always("quality", parts.quality.watch), name="quality"))
     try:
         yield
     finally:
@@ -250,6 +252,7 @@ def warm() -> None:
         recommend(live.items, live.model, seen, Ask(slate_id="warm", now=now, exclude=hashes))
     popular(live.items, live.model, 2, hashes[:1], 1.0)
     similar(live.items, live.model, int(hashes[0]), 1)
+    explored(np.zeros(1, np.float32), np.zeros(2, np.float32))
 
 
 async def _tell_ready(parts: Parts) -> None:

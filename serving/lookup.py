@@ -81,8 +81,11 @@ async def recommendations(parts: Parts, request: Request) -> Response:
     parts.telemetry.count(SLATES, policy=ask.policy, degraded=str(degraded).lower())
     if accepted is not None:
         parts.freshness.answered(accepted)
+    ms = {name: round(1000 * s, 3) for name, s in stages.items()}
+    if query.track and items:
+        parts.recent.add(slate, user, parts.clock(), ms, degraded=degraded)
     if query.trace:
-        answer.trace = {"ms": {name: round(1000 * s, 3) for name, s in stages.items()}, **slate.trace}
+        answer.trace = {"ms": ms, **slate.trace}
     return json_response(answer)
 
 

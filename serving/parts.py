@@ -20,6 +20,8 @@ from infra.telemetry import UNREADABLE, Telemetry
 from models.ranker.heads import head_weights
 from serving.dashboard.freshness import Freshness
 from serving.dashboard.news import News
+from serving.dashboard.quality import Quality
+from serving.dashboard.recent import Recent
 from serving.keys import KeyRing
 from serving.overload import Overload
 from serving.slates import Impressions
@@ -49,6 +51,8 @@ class Parts:
     """Reads of profiles that no codec here reads, by user; at most MAX_NAMED users are named."""
     freshness: Freshness = field(default_factory=Freshness)
     news: News = field(default_factory=News)
+    recent: Recent = field(default_factory=Recent)
+    quality: Quality = field(init=False)
     log_problem: str = "not connected yet"
     warm: bool = False
     dead_letters: int | None = None
@@ -60,6 +64,7 @@ class Parts:
 
     def __post_init__(self) -> None:
         self.head_weights = head_weights(self.settings.head_weights)
+        self.quality = Quality(self.recent, lambda: self.snapshot.live, self.clock)
 
     def cannot_read(self, user: str, error: Exception) -> None:
         """Count a stored profile that no codec here reads, and name its user while there is room."""

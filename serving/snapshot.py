@@ -39,6 +39,7 @@ from streaming.state import (
     StoreError,
     StoreUnavailable,
     UserRead,
+    append_metrics,
     feed_top,
     live_keys,
     read_feed,
@@ -281,6 +282,10 @@ class Snapshot:
     async def read_metrics(self, name: str, after: str, count: int) -> list[tuple[str, dict[str, str]]]:
         """Read points of a learning curve after an id, or its newest `count` for "-"; raises what Redis raises."""
         return await read_metrics(self._feeds, self.keys.metrics(name), after=after, count=count)
+
+    async def note(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Append a point to a curve of the API's own, of which about the last ten stay; raises what Redis raises."""
+        await append_metrics(self._feeds, self.keys.metrics(name), fields, keep=10)
 
     async def versions(self) -> dict[str, Any]:
         """Return the learner's versions, which one is pinned, its latest notes; at most 1 s old, or as last told.

@@ -14,6 +14,7 @@ from models.bandit.policy import POLICIES as POLICIES
 from models.bandit.policy import SAMPLES as SAMPLES
 from models.bandit.policy import Policy as Policy
 from models.bandit.policy import draw as draw
+from models.bandit.policy import explored as explored
 from models.bandit.policy import item_samples as item_samples
 from models.bandit.policy import propensities as propensities
 from models.bandit.policy import shares as shares

@@ -199,3 +199,20 @@ def _slate(scores, soft, chances, uniform, share, exploring, places):  # type: i
         for s in range(len(tops)):
             votes[tops[s, at[s]]] = 0.0
     return places, out
+
+
+@njit(cache=True)
+def explored(scores, candidates):  # type: ignore[no-untyped-def]
+    """Return u8[k]: 1 where a candidate f32[m] that was left scored higher than the one taken, of scores f32[k]."""
+    out, taken = np.zeros(len(scores), np.uint8), np.zeros(len(candidates), np.bool_)
+    for k in range(len(scores)):
+        best, mine = scores[k], -1
+        for i in range(len(candidates)):
+            if not taken[i]:
+                best = max(best, candidates[i])
+                if mine < 0 and candidates[i] == scores[k]:
+                    mine = i
+        out[k] = best > scores[k]
+        if mine >= 0:
+            taken[mine] = True
+    return out

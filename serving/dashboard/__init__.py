@@ -7,4 +7,10 @@ Knows nothing of how slates are made. Files, from the door inwards:
     here        what this process counts itself, for a frame
     freshness   from an accepted event to the first answer that knows it
     news        what broke last
+    recent      the slates and slots that this process served last
+    served      `/-/slates`, `/-/quality`, `/-/items/...`
+    quality     coverage, Gini, entropy, exposure
+    arms        `/-/bandits`: the items as arms of a bandit
+    atlas       `/-/map`: items and users as points
+    search      `/-/search`: find items and users
 """
