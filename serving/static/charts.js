@@ -9,6 +9,14 @@ const MIN_SPAN_S = 60;
 const TABLE_ROWS = 24;
 const NEAR_PX = 6;
 
+// 1, 2, 5, 10, ... within [low, high]; decades alone where there are many.
+function decades(low, high) {
+  const wide = Math.log10(high / low) > 2.2;
+  const found = [];
+  for (let ten = 10 ** Math.floor(Math.log10(low)); ten <= high; ten *= 10) found.push(...(wide ? [ten] : [ten, 2 * ten, 5 * ten]));
+  return found.filter((value) => value >= low && value <= high);
+}
+
 const finite = (value) => typeof value === "number" && Number.isFinite(value);
 
 // A small <svg class="spark"> of one value a second, gaps allowed; from zero unless `rising`.
@@ -83,7 +91,7 @@ export class TimeChart {
       scales: { x: { time: true, range: (_, low, high) => [Math.min(low, high - MIN_SPAN_S), high] }, y: { distr: this.log ? 3 : 1, range } },
       axes: [
         { ...axis, size: 24, space: 70, grid: { show: false }, values: (_, at) => at.map((t, k) => (k && at[k] - at[k - 1] < 60 ? clock(t) : clock(t).slice(0, 5))) },
-        { ...axis, size: 46, space: 34, grid, values: (_, at) => at.map((value) => (value === null ? "" : this.format(value))) },
+        { ...axis, size: 46, space: 34, grid, ...(this.log ? { splits: (_, __, low, high) => decades(low, high), filter: (_, at) => at } : {}), values: (_, at) => at.map((value) => (value === null ? "" : this.format(value))) },
       ],
       series: [{}, ...lines],
       bands: this.stacked ? this.series.slice(1).map((_, k) => ({ series: [k + 2, k + 1] })) : undefined,
