@@ -106,7 +106,7 @@ async def test_a_click_changes_the_slate_in_the_browser(stack: Stack, tmp_path: 
             while len((await api.get("/v1/popular", n="60"))["items"]) < 60:
                 await asyncio.sleep(0.05)
         async with opened(stack.api + "/", tmp_path / "browser") as page:
-            await page.until("document.querySelectorAll('.tile').length === 10")
+            await page.until("document.querySelectorAll('.tile').length === 12")
             assert await page.until("document.getElementById('status').dataset.state === 'live'")
             before = await page.run(SLATE)
             clicked = before.split("|")[0]
@@ -118,10 +118,12 @@ async def test_a_click_changes_the_slate_in_the_browser(stack: Stack, tmp_path: 
             assert clicked not in after.split("|")
             assert re.fullmatch(r"[\d.]+ ms", await page.run("document.getElementById('timing-total').textContent"))
             assert "are new" in await page.run("document.getElementById('changed').textContent")
-            assert clicked in await page.run("document.getElementById('trail-list').textContent")
+            await page.until("document.getElementById('sequence') !== null")
+            assert clicked in await page.run("document.getElementById('sequence').textContent")
+            assert clicked in await page.run("document.getElementById('detail-title').textContent")
             known = json.dumps(await api.get(f"/v1/users/{visitor}"))
             assert any(item_id(row) in known for row in range(60) if world.texts[row].title == clicked)
-            await page.until("document.getElementById('events').textContent !== '–'")
+            await page.until("document.querySelector('#numbers .value b').textContent !== '–'")
             await page.call(
                 "Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True
             )
