@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from infra.telemetry import HTTP_SECONDS, Telemetry
 from serving import erasure, ingest, introspect, lookup, metrics
-from serving.dashboard import arms, search, served
+from serving.dashboard import arms, controls, crowd, letters, search, served
 from serving.dashboard.atlas import Atlas, MapQuery
 from serving.doors import Door, Handler, docs_page
 from serving.erasure import Receipt
@@ -113,6 +113,12 @@ def _dashboard(parts: Parts) -> list[Door]:
     def door(path: str, handler: PartsHandler, summary: str, **rest: Any) -> Door:
         return _door(parts, "GET", path, handler, summary, "dashboard", answer=dict[str, Any], **rest)
 
+    def act(path: str, handler: PartsHandler, summary: str, body: Any, answer: Any, **rest: Any) -> Door:
+        problems = (408, 409, 413, 422, 503)
+        return _door(
+            parts, "POST", path, handler, summary, "dashboard", body=body, answer=answer, problems=problems, **rest
+        )
+
     atlas = Atlas()
     return [
         door("/-/bandits", arms.bandits, "Each item's posterior, and the new ones on their way", query=arms.ArmsQuery,
@@ -127,6 +133,19 @@ def _dashboard(parts: Parts) -> list[Door]:
         door("/-/quality", served.quality, "How what was shown is spread"),
         door("/-/search", search.search, "Find items, and users served lately", query=search.SearchQuery,
              problems=(422,)),
+        door("/-/dead-letters", letters.letters, "What could not be folded, newest first", query=letters.LettersQuery,
+             problems=(422, 503)),
+        act("/-/dead-letters/replay", letters.post_replay, "Append dead letters to the log again", letters.ReplayBody,
+            letters.ReplayAnswer),
+        act("/-/models/rollback", controls.rollback, "Learn on from a version", controls.Chosen, controls.Obeyed),
+        act("/-/models/pin", controls.pin, "Serve a version while learning goes on", controls.Chosen, controls.Obeyed),
+        act("/-/models/unpin", controls.unpin, "Serve the newest weights again", controls.Nothing, controls.Obeyed,
+            body_needed=False),
+        act("/-/models/save", controls.save, "Make a version now", controls.Nothing, controls.Obeyed,
+            body_needed=False),
+        door("/-/crowd", crowd.crowd, "The simulated people: what is wished of them, what they do", problems=(503,)),
+        act("/-/crowd", crowd.post_crowd, "How many people there shall be, and what is to surge", crowd.WishBody,
+            dict[str, Any]),
     ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ _STATUS: Final = {
     403: "Not for this Host, Origin or key.",
     404: "Not known here.",
     408: "The body did not come in time.",
+    409: "Cannot be done as things are; the answer says why.",
     413: "The body is over 1 MB.",
     422: "Something is not as expected; the answer says where.",
     429: "Too much at once; Retry-After says when to come again.",

@@ -31,10 +31,9 @@ from serving.messages import (
 from serving.parts import Parts
 from streaming import events
 from streaming.events import EventError
-from streaming.topics import LogError, encode_token, partition_of
+from streaming.topics import LogError, Record, encode_token, partition_of
 
 ACK_S: Final = 2.0
-Record = tuple[int, bytes, bytes]
 
 
 async def append(parts: Parts, topic: str, records: Sequence[Record]) -> dict[int, int]:

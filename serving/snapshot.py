@@ -287,12 +287,14 @@ class Snapshot:
         """Append a point to a curve of the API's own, of which about the last ten stay; raises what Redis raises."""
         await append_metrics(self._feeds, self.keys.metrics(name), fields, keep=10)
 
-    async def versions(self) -> dict[str, Any]:
+    async def versions(self, *, fresh: bool = False) -> dict[str, Any]:
         """Return the learner's versions, which one is pinned, its latest notes; at most 1 s old, or as last told.
+
+        fresh: as of now, where Redis answers.
 
         {versions: oldest first, pinned: number or None, refused: how many steps and versions, notes: oldest first}.
         """
-        if time.monotonic() - self._told_at > VERSIONS_S:
+        if fresh or time.monotonic() - self._told_at > VERSIONS_S:
             self._told_at = time.monotonic()
             with contextlib.suppress(StoreError, *StoreUnavailable):
                 self._told = await told_versions(self._models)

@@ -13,20 +13,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from infra.settings import Settings
 from streaming.events import Event, EventError, decode, encode, parse_inlet, subject
-from streaming.learn import Dead
-from streaming.topics import INLETS, Log, Record, Topics, partition_of, read_topic, topic_end
+from streaming.topics import INLETS, Log, Record, Topics, partition_of, read_span, read_topic, topic_end
+
+if TYPE_CHECKING:
+    from streaming.learn import Dead  # the API shows letters and knows no fold
 
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 256 * 1024
 """So much of an original is kept."""
+EXCERPT = 4096
 SOURCE = "dead-letters"
 MARK = b"replay"
 """Key of what is no letter: intents and dones."""
@@ -119,9 +123,25 @@ class Box:
 
 async def read_box(settings: Settings) -> Box:
     """Read the whole topic; what is neither letter nor mark is left out, and told in the log of this process."""
-    topic, box = Topics(settings.namespace).dead_letters, Box()
+    topic = Topics(settings.namespace).dead_letters
+    return await _box(topic, read_topic(settings.kafka, topic, {0: await topic_end(settings.kafka, topic)}))
+
+
+async def newest(settings: Settings, count: int) -> tuple[list[Letter], int]:
+    """Return the letters among the newest `count` records, oldest first, and how many records there are in all.
+
+    Of each original at most EXCERPT bytes are kept. Whether one was replayed is known, for a replay comes after it.
+    """
+    topic = Topics(settings.namespace).dead_letters
+    end = await topic_end(settings.kafka, topic)
+    span = read_span(settings.kafka, topic, {0: (max(0, end - count), end)}, reset="earliest")
+    return list((await _box(topic, span, keep=EXCERPT)).letters.values()), end
+
+
+async def _box(topic: str, found: AsyncIterator[tuple[int, list[Any]]], keep: int = MOST_BYTES) -> Box:
+    box = Box()
     letter, mark = msgspec.msgpack.Decoder(Letter), msgspec.msgpack.Decoder(Intent | Done)
-    async for _, records in read_topic(settings.kafka, topic, {0: await topic_end(settings.kafka, topic)}):
+    async for _, records in found:
         for record in records:
             try:
                 said = (mark if record.key == MARK else letter).decode(record.value or b"")
@@ -129,6 +149,7 @@ async def read_box(settings: Settings) -> Box:
                 log.warning("%s[0]@%d: no dead letter (%s)", topic, record.offset, error)
                 continue
             if isinstance(said, Letter):
+                said.original = said.original[:keep]
                 box.letters.setdefault(said.name, said)
             elif isinstance(said, Done):
                 box.done = max(box.done, said.to)
@@ -191,8 +212,12 @@ class Replayed:
     bad: dict[str, str] = field(default_factory=dict)
 
 
-async def replay(settings: Settings, *, reason: str = "", position: str = "") -> Replayed:
+async def replay(
+    settings: Settings, *, reason: str = "", position: str = "", names: Collection[str] | None = None
+) -> Replayed:
     """Append the originals of letters to the log again: all, those whose reason holds a text, or the one of a position.
+
+    names: only of these letters.
 
     What was replayed before is left. An event that cannot be folded again becomes a new letter, of its new position.
     """
@@ -203,6 +228,8 @@ async def replay(settings: Settings, *, reason: str = "", position: str = "") ->
         intents: list[Record] = []
         for letter in (await read_box(settings)).letters.values():
             if reason not in letter.reason or (position and position != letter.name):
+                continue
+            if names is not None and letter.name not in names:
                 continue
             if letter.replays:
                 outcome.before.append(letter.name)

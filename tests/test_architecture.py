@@ -29,7 +29,7 @@ ALLOWED = {
     "streaming.simulation": {"streaming", "models", "infra"},  # the demo runs one too
     "serving": {
         "serving", "streaming.events", "streaming.topics", "streaming.state", "streaming.sizes", "models",
-        "infra.settings", "infra.telemetry",
+        "streaming.dead_letters", "streaming.training.controls", "infra.settings", "infra.telemetry",
     },
 }  # fmt: skip
 # The one file that may import a heavy dependency.

@@ -7,9 +7,11 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,14 +19,21 @@ from hypothesis import strategies as st
 
 from infra.settings import Settings
 from models.bandit import explored
+from models.examples import Entries
 from models.factors import DIM
 from models.recommend import Request, Slate
 from serving.app import create_app, warm
 from serving.dashboard.atlas import Basis, fit
 from serving.dashboard.quality import entropy, gini, spread
 from serving.dashboard.recent import EVERY_S, SLATES, USERS, Recent
+from serving.keys import add_key
 from serving.parts import Parts
+from streaming.dead_letters import DeadLetters
 from streaming.events import Click, Item
+from streaming.learn import Dead
+from streaming.state import append_metrics
+from streaming.topics import end_offsets, read_topic
+from streaming.training.controls import control_in
 from tests.hand import Hand
 
 NOW = time.time()
@@ -339,3 +348,116 @@ async def test_the_map_survives_a_restart_and_shows_a_user(
         assert after["basis"] == told["basis"], "what was stored is used again"
         for one, other in zip(told["items"], after["items"], strict=True):
             assert math.dist((one["x"], one["y"]), (other["x"], other["y"])) < 0.05
+
+
+# ---- what a person does from there
+
+
+async def test_the_crowd_is_told_what_is_wished_and_tells_what_it_does(
+    shop: tuple[httpx.AsyncClient, Parts], hand: Hand
+) -> None:
+    client, parts = shop
+    idle = (await client.get("/-/crowd")).json()
+    assert idle == {
+        "wish": {"users": None, "users_t": 0.0, "surge": None, "surge_t": 0.0}, "running": False, "users": None,
+        "max_users": 500, "topics": [], "surge": None, "noticed": None,
+    }  # fmt: skip
+    assert (await client.post("/-/crowd", json={"users": 50})).status_code == 409
+    point = {"t": time.time(), "users": 20, "topics": "noir|space opera", "topic": ""}
+    await append_metrics(hand.client, hand.keys.metrics("world"), point)
+    told = (await client.post("/-/crowd", json={"users": 50})).json()
+    assert (told["running"], told["users"], told["topics"], told["surge"]) == (True, 20, ["noir", "space opera"], None)
+    assert told["wish"]["users"] == 50
+    assert abs(told["wish"]["users_t"] - time.time()) < 5
+    told = (await client.post("/-/crowd", json={"surge": "noir"})).json()
+    assert (told["wish"]["users"], told["wish"]["surge"]) == (50, "noir")
+    assert (await client.get("/-/crowd")).json()["wish"] == told["wish"]
+    more = {"topic": "noir", "surge_t": 5.0, "surge_age_s": 2.5, "noticed_s": 2.0}
+    await append_metrics(hand.client, hand.keys.metrics("world"), point | more)
+    told = (await client.get("/-/crowd")).json()
+    assert told["surge"] == {"topic": "noir", "t": 5.0, "age_s": 2.5}
+    assert told["noticed"] == {"topic": "noir", "seconds": 2.0}
+    for wrong in ({"users": 501}, {"users": -1}, {"surge": "nothing"}, {"surge": "x" * 65}, {}, {"people": 3}):
+        assert (await client.post("/-/crowd", json=wrong)).status_code == 422, wrong
+    for _ in range(300):
+        await parts.snapshot.note("crowd", {"wish": "{}"})
+    assert await hand.client.xlen(hand.keys.metrics("crowd")) < 300
+
+
+async def test_dead_letters_are_read_and_replayed_once(
+    shop: tuple[httpx.AsyncClient, Parts], settings: Settings
+) -> None:
+    client, parts = shop
+    good = {"type": "click", "user_id": "ann", "item_id": "i1", "ts": NOW, "event_id": "late"}
+    dead = [
+        Dead(parts.topics.inlet("clicks"), 0, 7, "$.item_id: expected an id, got nothing", b'{"user_id": "ann"}'),
+        Dead(parts.topics.inlet("clicks"), 1, 8, "its fold raised", msgspec.json.encode(good)),
+    ]
+    await DeadLetters(parts.log, parts.topics).send(dead)
+    told = (await client.get("/-/dead-letters")).json()
+    assert (told["total"], told["records"]) == (2, 2)
+    newest, oldest = told["letters"]
+    assert newest["id"] == f"{parts.topics.inlet('clicks')}:1:8"
+    assert not newest["replayed"]
+    assert '"late"' in newest["excerpt"]
+    assert oldest["reason"].startswith("$.item_id")
+    assert len((await client.get("/-/dead-letters?limit=1")).json()["letters"]) == 1
+    asked = {"ids": [newest["id"], oldest["id"], "no:0:1"]}
+    done = (await client.post("/-/dead-letters/replay", json=asked)).json()
+    assert done["replayed"] == 1
+    assert {one["id"] for one in done["refused"]} == {oldest["id"], "no:0:1"}
+    ends = await end_offsets(settings.kafka, {parts.topics.events: PARTITIONS})
+    assert sum(ends[parts.topics.events]) == 1
+    assert (await client.get("/-/dead-letters")).json()["letters"][0]["replayed"]
+    again = (await client.post("/-/dead-letters/replay", json={"ids": [newest["id"]]})).json()
+    assert again == {"replayed": 0, "refused": [{"id": newest["id"], "why": "it was replayed before"}]}
+    for wrong in ({}, {"all": True, "ids": ["x"]}, {"ids": "x"}, {"ids": [""]}, [1]):
+        assert (await client.post("/-/dead-letters/replay", json=wrong)).status_code == 422, wrong
+
+
+async def test_the_learner_is_told_through_the_log(
+    shop: tuple[httpx.AsyncClient, Parts], settings: Settings, hand: Hand
+) -> None:
+    client, parts = shop
+    saved = (await client.post("/-/models/save")).json()
+    assert (saved["done"], saved["offset"], saved["step"]) == (False, 0, None)
+    async for _, records in read_topic(settings.kafka, parts.topics.examples, {0: 1}):
+        assert control_in(Entries.from_bytes(records[0].value)).do == "save"  # type: ignore[union-attr]
+    for do in ("pin", "rollback"):
+        refused = await client.post(f"/-/models/{do}", json={"version": 3})
+        assert (refused.status_code, refused.json()["error"]["where"]) == (409, "body.version")
+        for wrong in ({}, {"version": 0}, {"version": "3"}, {"version": 3, "more": 1}):
+            assert (await client.post(f"/-/models/{do}", json=wrong)).status_code == 422
+    notes = [{"step": 9, "first": 1, "next": 2, "note": "unpin not done: none is pinned"}]
+    await hand.client.hset(hand.keys.model_head, mapping={"notes": msgspec.json.encode(notes)})
+    refused = await client.post("/-/models/unpin", json={})
+    assert refused.status_code == 409
+    assert "none is pinned" in refused.json()["error"]["got"]
+    notes.append({"step": 10, "first": 2, "next": 3, "note": "save"})
+    await hand.client.hset(hand.keys.model_head, mapping={"notes": msgspec.json.encode(notes)})
+    assert (await client.post("/-/models/save")).json() == {"done": True, "offset": 2, "step": 10, "note": "save"}
+
+
+async def test_actions_need_the_admin_scope_and_this_origin(settings: Settings, topics: Make, tmp_path: Path) -> None:
+    await topics(PARTITIONS)
+    path = tmp_path / "keys.json"
+    reader, admin = add_key(path, "reader", ("read", "publish"), 0), add_key(path, "boss", ("admin",), 0)
+    guarded = Settings.load(
+        settings.data, env={}, kafka=settings.kafka, redis=settings.redis, namespace=settings.namespace, port=0,
+        partitions=PARTITIONS, keys=str(path), host="0.0.0.0",
+    )  # fmt: skip
+    pages = ("bandits", "map", "map/users/u", "items/i", "slates", "slates/s", "quality", "search?q=a", "dead-letters",
+             "crowd", "live", "models")  # fmt: skip
+    acts = ("models/save", "models/pin", "models/unpin", "models/rollback", "dead-letters/replay", "crowd")
+    async with serving(guarded) as (client, _):
+        for method, paths in (("GET", pages), ("POST", acts)):
+            for page in paths:
+                for key, status in (("", 401), (reader, 403)):
+                    headers = {"x-api-key": key} if key else {}
+                    answer = await client.request(method, f"/-/{page}", headers=headers)
+                    assert answer.status_code == status, (method, page, key)
+        headers = {"x-api-key": admin, "origin": "https://elsewhere.example"}
+        for act in acts:
+            assert (await client.post(f"/-/{act}", headers=headers, json={})).status_code == 403
+        assert (await client.get("/-/slates", headers={"x-api-key": admin})).status_code == 200
+        assert (await client.get("/beacon.js")).status_code == 200

@@ -12,5 +12,8 @@ Knows nothing of how slates are made. Files, from the door inwards:
     quality     coverage, Gini, entropy, exposure
     arms        `/-/bandits`: the items as arms of a bandit
     atlas       `/-/map`: items and users as points
+    letters     `/-/dead-letters`: read and replay
+    controls    `/-/models/...`: pin, unpin, roll back, save
+    crowd       `/-/crowd`: how many simulated people, and what is to surge
     search      `/-/search`: find items and users
 """
