@@ -63,6 +63,11 @@ APPLIED_SECONDS = Series(
     "From a record's acceptance by Kafka to its commit by the user agents, or its fold by the item agent.",
     ("fold",), FRESH, "deployment",
 )  # fmt: skip
+CHANGED_SECONDS = Series(
+    "freshet_changed_seconds", "histogram",
+    "From an event's acceptance to the answer of the first lookup that asked after it, both of this process.",
+    buckets=FRESH,
+)  # fmt: skip
 
 # What comes in, and what becomes of it.
 EVENTS_RECEIVED = Series("freshet_events_received_total", "counter", "Events at the HTTP door.", ("type", "status"))
@@ -180,6 +185,37 @@ CLICKS = Series(
 )  # fmt: skip
 DRIFT_ALARMS = Series(
     "freshet_drift_alarms_total", "counter", "Alarms of the learner's drift detectors.", of="deployment"
+)  # fmt: skip
+PREQUENTIAL = Series(
+    "freshet_prequential_total", "counter",
+    "Served slates whose outcome came, by the policy that drew them: how many, hits, sums of NDCG and of reward.",
+    ("what", "policy"), of="deployment",
+)  # fmt: skip
+LEARNING_RATE = Series(
+    "freshet_learning_rate", "gauge", "Learning rate that a part of the learner has chosen.", ("part",), of="deployment"
+)  # fmt: skip
+GRADIENT_NORM = Series(
+    "freshet_gradient_norm", "gauge", "Norm of the gradients of the last step.", of="deployment"
+)  # fmt: skip
+VECTOR_DRIFT = Series(
+    "freshet_vector_drift", "gauge", "Mean cosine distance by which the last step moved the vectors it touched.",
+    of="deployment",
+)  # fmt: skip
+
+# What is shown, and to whom it is told.
+ITEMS = Series(
+    "freshet_items", "gauge", "Items that may be served, and of these those still shown for their first times.",
+    ("state",), of="deployment",
+)  # fmt: skip
+QUALITY = Series(
+    "freshet_quality", "gauge",
+    "Of what this process served in the last 15 minutes: coverage, gini, entropy of categories, explored; 0 to 1.",
+    ("measure",),
+)  # fmt: skip
+VIEWERS = Series("freshet_viewers", "gauge", "Pages that follow this process's live figures.")
+WORLD = Series(
+    "freshet_world_clicks", "gauge", "With simulated people: clicks to expect of a slate, ours, popular and the best.",
+    ("slate",), of="deployment",
 )  # fmt: skip
 
 SERIES: Final = tuple(value for value in list(globals().values()) if isinstance(value, Series))

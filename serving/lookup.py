@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
-from infra.telemetry import SLATE_SECONDS, SLATES, TOKEN_WAITS
+from infra.telemetry import CHANGED_SECONDS, SLATE_SECONDS, SLATES, TOKEN_WAITS
 from models.bandit import Policy
 from models.examples import CodecError, item_hash
 from models.items import context_keys
@@ -80,7 +80,7 @@ async def recommendations(parts: Parts, request: Request) -> Response:
         parts.telemetry.observe(SLATE_SECONDS, seconds, stage=stage)
     parts.telemetry.count(SLATES, policy=ask.policy, degraded=str(degraded).lower())
     if accepted is not None:
-        parts.freshness.answered(accepted)
+        parts.telemetry.observe(CHANGED_SECONDS, parts.freshness.answered(accepted))
     ms = {name: round(1000 * s, 3) for name, s in stages.items()}
     if query.track and items:
         parts.recent.add(slate, user, parts.clock(), ms, degraded=degraded)

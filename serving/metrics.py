@@ -16,6 +16,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from infra.settings import POLICIES
 from infra.telemetry import (
     APPLIED,
     APPLIED_SECONDS,
@@ -34,28 +35,36 @@ from infra.telemetry import (
     FOLD_LAG,
     FOLDED,
     FRESH,
+    GRADIENT_NORM,
     HELD,
+    ITEMS,
     KEPT,
     KEPT_BOUND,
     LAG,
     LEARNER_LAG,
+    LEARNING_RATE,
     LEARNT,
     LOOP_DELAY,
     LOSS,
     MODEL_REFUSED,
     MODEL_STEP,
     NOT_APPLIED,
+    PREQUENTIAL,
     PROCESS_BYTES,
+    QUALITY,
     REACHABLE,
     READY,
     REDIS_BYTES,
     SNAPSHOT_POSITION,
     SNAPSHOT_ROWS,
     TOLD_AGE,
+    VECTOR_DRIFT,
+    WORLD,
     Series,
     Telemetry,
     resident_mb,
 )  # fmt: skip
+from models.bandit import FIRST
 from serving.introspect import buffers, not_ready
 from serving.parts import Parts
 from streaming.state import StoreError, StoreUnavailable
@@ -65,6 +74,7 @@ PAGE: Final = 100
 GONE_S: Final = 900.0
 """A worker that told nothing for so long, while others do, was scaled away and is no longer named, s."""
 TICK_S: Final = 0.25
+CURVES: Final = ("users", "items", "learner", "world")
 AWAY: Final = (StoreError, *StoreUnavailable)
 
 Labels = dict[str, str]
@@ -86,8 +96,12 @@ COUNTED: Final[dict[str, dict[str, tuple[Series, Labels]]]] = {
     },
 }
 """By curve and name: what each point adds to a counter."""
-COUNTED_BY: Final[dict[str, dict[str, tuple[Series, str]]]] = {"users": {"events_": (FOLDED, "type")}}
-"""The same where the rest of a name is a label."""
+OUTCOMES: Final = {
+    f"{what}_{policy}": {"what": what, "policy": policy}
+    for what in ("slates", "hits", "ndcg", "reward")
+    for policy in POLICIES
+}
+"""The same of the learner's outcomes by policy, where it tells them."""
 LATEST: Final[dict[str, dict[str, tuple[Series, Labels]]]] = {
     "learner": {
         "encoder_loss": (LOSS, {"part": "encoder"}),
@@ -95,7 +109,14 @@ LATEST: Final[dict[str, dict[str, tuple[Series, Labels]]]] = {
         "click_loss": (LOSS, {"part": "click"}),
         "click_probability": (CLICKS, {"what": "predicted"}),
         "click_share": (CLICKS, {"what": "chosen"}),
-    }
+        "gradient_norm": (GRADIENT_NORM, {}),
+        "vector_drift": (VECTOR_DRIFT, {}),
+    },
+    "world": {
+        "ours": (WORLD, {"slate": "ours"}),
+        "popular": (WORLD, {"slate": "popular"}),
+        "oracle": (WORLD, {"slate": "best"}),
+    },
 }
 """By curve and name: what the newest point says."""
 BUFFERS: Final = ("queued", "rows_to_commit", "rows_to_feed", "window")
@@ -114,11 +135,12 @@ class Exposition:
         """GET /metrics: Prometheus text."""
         async with self._turn:  # two scrapes at once would count the same points twice
             _set_own(parts)
+            await _set_shown(parts)
             await _set_sizes(parts)
             await _set_versions(parts)
             with contextlib.suppress(*AWAY):
                 await _set_lag(parts)
-                for curve in ("users", "items", "learner"):
+                for curve in CURVES:
                     await self._read(parts, curve)
             self._set_ages(parts)
             return Response(parts.telemetry.exposition(), media_type=CONTENT_TYPE)
@@ -154,6 +176,9 @@ class Exposition:
         for name, (series, labels) in LATEST.get(curve, {}).items():
             if name in fields:
                 telemetry.set(series, float(fields[name]), **labels)
+        for name, value in fields.items():
+            if curve == "learner" and name.startswith("rate_"):
+                telemetry.set(LEARNING_RATE, float(value), part=name.removeprefix("rate_"))
         for name in BUFFERS:
             if name in fields:
                 telemetry.set(HELD, float(fields[name]), process=process, buffer=name)
@@ -175,10 +200,11 @@ def _count(telemetry: Telemetry, curve: str, fields: Mapping[str, str]) -> None:
     for name, (series, labels) in COUNTED.get(curve, {}).items():
         if name in fields:
             telemetry.count(series, float(fields[name]), **labels)
-    for prefix, (series, label) in COUNTED_BY.get(curve, {}).items():
-        for name, value in fields.items():
-            if name.startswith(prefix):
-                telemetry.count(series, float(value), **{label: name.removeprefix(prefix)})
+    for name, value in fields.items():
+        if curve == "users" and name.startswith("events_"):
+            telemetry.count(FOLDED, float(value), type=name.removeprefix("events_"))
+        elif curve == "learner" and name in OUTCOMES:
+            telemetry.count(PREQUENTIAL, float(value), **OUTCOMES[name])
     if curve in FOLDS and (buckets := fields.get("applied_buckets")):
         counts, milliseconds = [float(count) for count in buckets.split()], float(fields["applied_sum_ms"])
         telemetry.add(APPLIED_SECONDS, counts, milliseconds / 1000, fold=FOLDS[curve])
@@ -207,6 +233,20 @@ def _set_own(parts: Parts) -> None:
     for name, held in buffers(parts).items():
         telemetry.set(BUFFER_USED, held["used"], buffer=name)
         telemetry.set(BUFFER_BOUND, held["bound"], buffer=name)
+
+
+async def _set_shown(parts: Parts) -> None:
+    """Put into the gauges what may be shown, and how what was shown is spread."""
+    telemetry, items = parts.telemetry, parts.snapshot.live.items
+    eligible = items.eligible[: items.n]
+    telemetry.set(ITEMS, int(eligible.sum()), state="eligible")
+    telemetry.set(ITEMS, int((items.shown[: items.n][eligible] < FIRST).sum()), state="exploring")
+    quality = await parts.quality.told()
+    if quality["slots"]:
+        telemetry.set(QUALITY, quality["coverage"]["value"], measure="coverage")
+        telemetry.set(QUALITY, quality["gini"], measure="gini")
+        telemetry.set(QUALITY, quality["entropy"], measure="entropy")
+        telemetry.set(QUALITY, float(parts.recent.window(parts.clock()).explored.mean()), measure="explored")
 
 
 async def _set_lag(parts: Parts) -> None:

@@ -28,6 +28,7 @@ SETTINGS = {PREFIX + item.name.upper(): item for item in dataclasses.fields(Sett
 # service -> the process of `freshet up` that it is; `topics` is what `up` does itself before it starts the others
 SERVICES = {"kafka": "kafka", "redis": "redis", "worker": "users", "items": "items", "learner": "learner", "api": "api"}
 OURS = ("topics", "worker", "items", "learner", "api")
+WATCHING = ("prometheus", "grafana")
 
 
 @cache
@@ -43,7 +44,7 @@ def service(name: str) -> dict[str, Any]:
 
 
 def test_the_services_are_the_processes_of_the_stack() -> None:
-    assert set(compose()["services"]) == set(SERVICES) | {"topics"}
+    assert set(compose()["services"]) == set(SERVICES) | {"topics"} | set(WATCHING)
     assert set(SERVICES.values()) == set(PROCESSES)
 
 
@@ -82,19 +83,23 @@ def test_the_api_is_published_on_loopback_at_the_default_port() -> None:
     assert environment["FRESHET_HOST"] == "0.0.0.0"  # inside the container; the key is required
     assert service("api")["ports"] == [f"${{FRESHET_PUBLISH:-127.0.0.1:{port}}}:{port}"]
     assert f":{port}/health/ready" in service("api")["healthcheck"]["test"][-1]
-    assert [name for name in compose()["services"] if "ports" in service(name)] == ["api"]
+    published = {name: service(name)["ports"] for name in compose()["services"] if "ports" in service(name)}
+    assert set(published) == {"api", *WATCHING}
+    assert all(":-127.0.0.1:" in port for ports in published.values() for port in ports)
 
 
 def test_volumes_are_declared_and_used() -> None:
     used = {volume.split(":")[0] for name in compose()["services"] for volume in service(name).get("volumes", [])}
-    assert used == set(compose()["volumes"])
+    folders = {name for name in used if name.startswith("./")}
+    assert used - folders == set(compose()["volumes"])
+    assert all((ROOT / name).exists() for name in folders)
     assert service("kafka")["environment"]["KAFKA_LOG_DIRS"] == service("kafka")["volumes"][0].split(":")[1]
 
 
-@pytest.mark.parametrize("name", sorted(set(SERVICES) | {"topics"}))
+@pytest.mark.parametrize("name", sorted({*SERVICES, "topics", *WATCHING}))
 def test_pinned_healthy_and_not_root(name: str) -> None:
     own = service(name)
-    assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", own["image"]), own["image"]
+    assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*", own["image"]), own["image"]
     assert int(own["user"].split(":")[0]) > 0
     assert ("test" in own["healthcheck"]) or name == "topics"
     if name in OURS and name != "topics":

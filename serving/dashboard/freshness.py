@@ -37,10 +37,11 @@ class Freshness:
         """Return when a position was accepted (perf_counter, s), the first time that it is asked for; else None."""
         return self._accepted.pop((partition, offset), None)
 
-    def answered(self, since: float) -> None:
-        """Note that the answer holds what was accepted then."""
+    def answered(self, since: float) -> float:
+        """Note that the answer holds what was accepted then; return how long that took, s."""
         now = time.perf_counter()
         self._took.append((now, 1000.0 * (now - since)))
+        return now - since
 
     def figures(self) -> dict[str, float]:
         """Return changed_p50_ms, changed_p95_ms, changed_p99_ms and changed_n of the last minute; empty without any."""

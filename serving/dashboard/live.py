@@ -23,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from infra.telemetry import VIEWERS
 from serving.dashboard.here import here_of
 from serving.dashboard.news import News
 from serving.parts import Parts
@@ -94,8 +95,9 @@ class Live:
 
     def __init__(
         self, *, read: Read, here: Callable[[], Mapping[str, Any]], clock: Callable[[], float] = time.time,
-        news: News | None = None,
+        news: News | None = None, viewed: Callable[[int], None] = lambda viewers: None,
     ) -> None:  # fmt: skip
+        self._viewed = viewed
         self._read, self._here, self._clock, self._told = read, here, clock, news or News()
         self._frames: deque[Frame] = deque(maxlen=KEEP_S)
         self._last: dict[str, str] = dict.fromkeys(CURVES, "-")
@@ -108,6 +110,7 @@ class Live:
         if self.viewers >= MAX_VIEWERS:
             return False
         self.viewers += 1
+        self._viewed(self.viewers)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="live")
         return True
@@ -115,6 +118,7 @@ class Live:
     def leave(self) -> None:
         """Count a viewer out; the last one stops the reading."""
         self.viewers -= 1
+        self._viewed(self.viewers)
         if self.viewers == 0 and self._task is not None:
             self._task.cancel()
             self._task = None
@@ -210,7 +214,14 @@ def _answer(live: Live) -> Callable[[Request], Awaitable[Response]]:
 
 def live_of(parts: Parts) -> Live:
     """The frames of one API process: curves from its Redis, and what it counts and holds itself."""
-    return Live(read=parts.snapshot.read_metrics, here=here_of(parts), clock=parts.clock, news=parts.news)
+
+    def viewed(viewers: int) -> None:
+        parts.telemetry.set(VIEWERS, viewers)
+
+    viewed(0)
+    return Live(
+        read=parts.snapshot.read_metrics, here=here_of(parts), clock=parts.clock, news=parts.news, viewed=viewed
+    )  # fmt: skip
 
 
 def stream(live: Live) -> Route:
