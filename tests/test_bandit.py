@@ -100,6 +100,12 @@ def test_first_impressions_get_their_share_and_no_more() -> None:
         places, _ = draw(scores, "epsilon", 10, rng, epsilon=0.0, first=0.05, exploring=exploring)
         shown += int((places >= 40).sum())
     assert shown / 20_000 == pytest.approx(0.05, abs=0.006)
+    scores[45] = 1.0  # they go to the best of what is exploring
+    for policy in ("epsilon", "softmax"):
+        chance = propensities(scores, policy, np.array([45]), epsilon=0.0, first=0.05, exploring=exploring)[0]
+        assert chance == pytest.approx(0.05 if policy == "epsilon" else 0.05 * 0.75 + 0.01 / 50, abs=0.004)
+    first, _ = draw(scores, "ucb", 10, np.random.default_rng(4), epsilon=0.0, first=0.99, exploring=exploring)
+    assert first[0] == 45
     nothing, _ = draw(np.empty((0, 1)), "softmax", 5, rng, epsilon=0.0, first=0.05, exploring=np.zeros(0, np.uint8))
     assert len(nothing) == 0
     none, chance = draw(scores, "epsilon", 5, rng, epsilon=0.0, first=0.05, exploring=np.zeros(50, np.uint8))

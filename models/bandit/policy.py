@@ -9,10 +9,11 @@
 
 At each slot an item is chosen among those that no slot above took:
 
-    P(item | above) = u / R + f [item is exploring] / E + (1 - u - f) policy(item | above)
+    P(item | above) = u / R + f policy(item | above, still exploring) + (1 - u - f) policy(item | above)
 
-R items are left, E of them still exploring (f = 0 where none is); u is epsilon, or UNIFORM for what draws otherwise, so
-that everything eligible has support, and 0 for greedy. A Thompson policy draws one of a fixed number of particles, the
+R items are left; f = 0 where none of them is still exploring: first impressions go to those of them that the policy
+itself would show, so that they cost little. u is epsilon, or UNIFORM for what draws otherwise, so that everything
+eligible has support, and 0 for greedy. A Thompson policy draws one of a fixed number of particles, the
 same for every slate that a state of the model serves, and takes the item that is best under it: so its probability is
 the share of the particles that agree, exactly, and not an estimate of it. Lu and Van Roy: Ensemble
 sampling (NeurIPS 2017); Li et al.: A contextual-bandit approach to personalized news article recommendation (WWW 2010).
@@ -108,15 +109,15 @@ def propensities(scores: F64, policy: Policy, slate: I64, *, epsilon: float, fir
 
 
 @njit(cache=True)
-def _tops(scores, k):  # type: ignore[no-untyped-def]
-    """Return i64[S, k]: the k best places of each draw, best first, ties by place."""
+def _tops(scores, mask, k):  # type: ignore[no-untyped-def]
+    """Return i64[S, k]: the k best places of each draw in the mask, best first, ties by place, -1 beyond them."""
     m, draws = scores.shape
-    out, values = np.empty((draws, k), np.int64), np.empty(k)
+    out, values = np.full((draws, k), -1, np.int64), np.empty(k)
     for s in range(draws):
         size = 0
         for i in range(m):
             x = scores[i, s]
-            if size == k and x <= values[k - 1]:
+            if not mask[i] or (size == k and x <= values[k - 1]):
                 continue
             at = size if size < k else k - 1
             while at > 0 and values[at - 1] < x:
@@ -128,14 +129,48 @@ def _tops(scores, k):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _nth(left, mask, n):  # type: ignore[no-untyped-def]
-    """Return the n-th place that is left and in the mask."""
+def _nth(left, n):  # type: ignore[no-untyped-def]
+    """Return the n-th place that is left."""
     for i in range(len(left)):
-        if left[i] and mask[i]:
+        if left[i]:
             if n == 0:
                 return i
             n -= 1
     return -1
+
+
+@njit(cache=True)
+def _count(tops, at, left, votes):  # type: ignore[no-untyped-def]
+    """Fill votes f64[m] with how many draws have each place as their best one left; `at` i64[S] are moved there."""
+    votes[:] = 0.0
+    for s in range(len(tops)):
+        while not left[tops[s, at[s]]]:
+            at[s] += 1
+        votes[tops[s, at[s]]] += 1.0
+
+
+@njit(cache=True)
+def _weigh(scores, mask, left, votes):  # type: ignore[no-untyped-def]
+    """Fill votes f64[m] with exp(score / TEMPERATURE) of the places in the mask that are left, the greatest one 1."""
+    top = -np.inf
+    for i in range(len(left)):
+        if left[i] and mask[i]:
+            top = max(top, scores[i, 0])
+    for i in range(len(left)):
+        votes[i] = math.exp((scores[i, 0] - top) / TEMPERATURE) if left[i] and mask[i] else 0.0
+
+
+@njit(cache=True)
+def _pick(votes, share):  # type: ignore[no-untyped-def]
+    """Return the place at a share in [0, 1) of the votes, counted by place."""
+    reach, place = share * votes.sum(), -1
+    for i in range(len(votes)):
+        if votes[i] > 0.0:
+            place = i
+            reach -= votes[i]
+            if reach < 0.0:
+                break
+    return place
 
 
 @njit(cache=True)
@@ -146,58 +181,40 @@ def _slate(scores, soft, chances, uniform, share, exploring, places):  # type: i
     if k == 0:
         return places, out
     left, everything = np.ones(m, np.bool_), np.ones(m, np.uint8)
-    tops, weights, votes = np.empty((0, 0), np.int64), np.empty(m), np.zeros(m)
-    if soft:
-        top = scores[:, 0].max()
-        for i in range(m):
-            weights[i] = math.exp((scores[i, 0] - top) / TEMPERATURE)
-    else:
-        tops = _tops(scores, k)
-    at = np.zeros(len(tops), np.int64)
     fresh = 0
     for i in range(m):
         fresh += exploring[i] != 0
+    votes, first_votes = np.zeros(m), np.zeros(m)
+    tops = first_tops = np.empty((0, 0), np.int64)
+    if not soft:
+        tops = _tops(scores, everything, k)
+        if share > 0.0 and fresh > 0:
+            first_tops = _tops(scores, exploring, k)
+    at, first_at = np.zeros(scores.shape[1], np.int64), np.zeros(scores.shape[1], np.int64)
     for slot in range(k):
-        remaining = m - slot
         f = share if fresh > 0 else 0.0
-        total = 0.0
         if soft:
-            for i in range(m):
-                if left[i]:
-                    total += weights[i]
+            _weigh(scores, everything, left, votes)
+            if f > 0.0:
+                _weigh(scores, exploring, left, first_votes)
         else:
-            for s in range(len(tops)):
-                while not left[tops[s, at[s]]]:
-                    at[s] += 1
-                votes[tops[s, at[s]]] += 1.0
+            _count(tops, at, left, votes)
+            if f > 0.0:
+                _count(first_tops, first_at, left, first_votes)
         place = places[slot]
         if place < 0:
             kind, where = chances[slot]
             if kind < uniform:
-                place = _nth(left, everything, int(where * remaining))
-            elif kind < uniform + f:
-                place = _nth(left, exploring, int(where * fresh))
-            elif soft:
-                reach = where * total
-                for i in range(m):
-                    if left[i]:
-                        place = i
-                        reach -= weights[i]
-                        if reach < 0.0:
-                            break
+                place = _nth(left, int(where * (m - slot)))
             else:
-                s = int(where * len(tops))
-                place = tops[s, at[s]]
+                place = _pick(first_votes if kind < uniform + f else votes, where)
             places[slot] = place
-        by_policy = weights[place] / total if soft else votes[place] / len(tops)
-        p = uniform / remaining + (1.0 - uniform - f) * by_policy
+        p = uniform / (m - slot) + (1.0 - uniform - f) * votes[place] / votes.sum()
         if exploring[place]:
-            p += f / fresh if f > 0.0 else 0.0
+            p += f * first_votes[place] / first_votes.sum() if f > 0.0 else 0.0
             fresh -= 1
         out[slot] = p
         left[place] = False
-        for s in range(len(tops)):
-            votes[tops[s, at[s]]] = 0.0
     return places, out
 
 
