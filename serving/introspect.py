@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from infra.telemetry import resident_mb
 from models.bandit import FIRST
-from models.bandit.posterior import normal_gamma
+from models.bandit.posterior import alike_mean, normal_gamma
 from models.decay import NAMES, STEPS
 from models.examples import KIND_NAMES, CodecError
 from models.features import FEATURES
@@ -286,7 +286,8 @@ def _posterior(live: Live, row: int) -> dict[str, Any]:
     for name, at, prior in (("log_dwell", 2, 2.5), ("rating", 5, 0.5)):
         count, total = everybody[at : at + 2].tolist()
         said, summed, squares = sums[at : at + 3].tolist()
-        found = normal_gamma(said, summed, squares, total / count if count else prior)
+        alike = alike_mean(items.tokens, items.sums, items.n, row, at, total / count if count else prior)
+        found = normal_gamma(said, summed, squares, alike)
         spread = 1.96 * found.deviation
         told[name] = {
             "mean": round(found.mean, 4), "low": round(found.mean - spread, 4), "high": round(found.mean + spread, 4),

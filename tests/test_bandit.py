@@ -250,6 +250,16 @@ def test_a_new_item_starts_from_what_alike_items_earned() -> None:
     np.testing.assert_allclose((alpha + beta)[:2], 400.0 + p.STRENGTH)
 
 
+def test_dwells_and_ratings_of_a_new_item_start_from_alike_items() -> None:
+    tokens = np.full((5, 24), -1, np.int32)
+    tokens[[0, 2], 0], tokens[[1, 3], 0] = 7, 9
+    sums = np.zeros((5, 8))
+    sums[0, 2:4], sums[1, 2:4] = (80.0, 320.0), (80.0, 80.0)  # mean log dwells 4 and 1, of everybody 2.5
+    said = [p.alike_mean(tokens, sums, 5, row, 2, 2.5) for row in range(5)]
+    assert said == pytest.approx([3.7, 1.3, 3.7, 1.3, 2.5])
+    assert p.alike_mean(tokens, sums, 5, 0, 5, 0.5) == 0.5  # nobody rated
+
+
 def test_normal_gamma_is_the_textbook_posterior() -> None:
     """Murphy (2007), equations 85 to 89, with kappa 2 and alpha 1, beta 1."""
     x = np.array([1.0, 2.5, 0.5, 4.0])

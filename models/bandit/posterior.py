@@ -7,9 +7,10 @@
 At each exposure an item's E and S are multiplied by `FORGETTING` and E grows by the chance that the position is looked
 at, 1 / log2(place + 2); at each success S grows by 1. So forgetting goes by an item's own exposures: a shop and a news
 site need no other. m0 is what alike items earned: the rate of everybody times the mean ratio of its tokens (category,
-tags, provider, year, words of the title), each shrunk by 20 exposures. Sums are moved event by event, in order: any cut
-of a stream gives the same. Russo et al.: A tutorial on Thompson sampling (2018), section 6.3, for discounting; Murphy:
-Conjugate Bayesian analysis of the Gaussian distribution (2007), section 3. Knows nothing about slates or policies.
+tags, provider, year, words of the title), each shrunk by 20 exposures; dwells and ratings likewise. Sums are moved
+event by event, in order: any cut of a stream gives the same. Russo et al.: A tutorial on Thompson sampling (2018),
+section 6.3, for discounting; Murphy: Conjugate Bayesian analysis of the Gaussian distribution (2007), section 3.
+Knows nothing about slates or policies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from models.content.tokens import BUCKETS
+
 COLUMNS: Final = (
     "exposures", "successes", "dwells", "dwell_sum", "dwell_squares", "ratings", "rating_sum", "rating_squares",
 )  # fmt: skip
@@ -28,6 +31,8 @@ FORGETTING: Final = 0.998
 """An item's own exposure counts for half after about 350 others of it."""
 STRENGTH: Final = 20.0
 """s0: how many examined exposures the prior is worth."""
+ALIKE: Final = 20.0
+"""How many examined exposures, dwells or ratings everybody's mean is worth in that of a token."""
 FIRST: Final = 30
 """An item shown less often than this is still exploring: slots set apart for first impressions may go to it."""
 NORMAL_GAMMA: Final = (2.0, 2.0, 1.0)
@@ -71,7 +76,7 @@ def observe(sums, row, column, x):  # type: ignore[no-untyped-def]
 def token_ratios(tokens, sums, n, out):  # type: ignore[no-untyped-def]
     """Fill out f64[BUCKETS] with log(rate of a token's items / rate of all), shrunk; returns the rate of all."""
     exposures, successes = np.zeros(len(out)), np.zeros(len(out))
-    all_exposures, all_successes = 20.0, 1.0
+    all_exposures, all_successes = ALIKE, 1.0
     for i in range(n):
         e, s = sums[i, 0], sums[i, 1]
         if e <= 0.0:
@@ -87,7 +92,7 @@ def token_ratios(tokens, sums, n, out):  # type: ignore[no-untyped-def]
     for t in range(len(out)):
         out[t] = 0.0
         if exposures[t] > 0.0:
-            out[t] = math.log((successes[t] + 20.0 * rate) / ((exposures[t] + 20.0) * rate))
+            out[t] = math.log((successes[t] + ALIKE * rate) / ((exposures[t] + ALIKE) * rate))
     return rate
 
 
@@ -131,8 +136,34 @@ def _gammas(x):  # type: ignore[no-untyped-def]
     return zero, one
 
 
+@njit(cache=True)
+def alike_mean(tokens, sums, n, row, column, everybody):  # type: ignore[no-untyped-def]
+    """Return what dwells (column 2) or ratings (5) of items alike one row come to: the mean over the row's tokens.
+
+    Each token's is the mean of the observations of its items, shrunk towards everybody's by ALIKE observations.
+    """
+    place, count = np.full(BUCKETS, -1, np.int64), 0
+    for k in range(tokens.shape[1]):
+        if tokens[row, k] < 0:
+            break
+        place[tokens[row, k]] = count
+        count += 1
+    if count == 0:
+        return everybody
+    observed, totals = np.full(count, ALIKE), np.full(count, ALIKE * everybody)
+    for i in range(n):
+        if sums[i, column] > 0.0:
+            for k in range(tokens.shape[1]):
+                if tokens[i, k] < 0:
+                    break
+                if place[tokens[i, k]] >= 0:
+                    observed[place[tokens[i, k]]] += sums[i, column]
+                    totals[place[tokens[i, k]]] += sums[i, column + 1]
+    return (totals / observed).mean()
+
+
 def normal_gamma(count: float, total: float, squares: float, prior_mean: float) -> NormalGamma:
-    """Return the posterior of a mean whose observations sum up to `total`; `prior_mean` is that of everybody's."""
+    """Return the posterior of a mean whose observations sum up to `total`; `prior_mean` is that of alike items."""
     worth, doubled_shape, variance = NORMAL_GAMMA
     freedom = doubled_shape + count
     mean = (worth * prior_mean + total) / (worth + count)
