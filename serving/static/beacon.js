@@ -3,7 +3,7 @@
 {
   const script = document.currentScript;
   const { key, surface } = script.dataset;
-  const url = new URL("/v1/events", script.src);
+  const url = new URL("/v1/events", script.dataset.api ?? script.src);
   const own = url.origin === location.origin && !key; // sendBeacon carries no key, and no JSON to other origins
   const random = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   const stored = () => { try { return (localStorage["freshet.user"] ??= `anon-${random()}`); } catch { return `anon-${random()}`; } };
