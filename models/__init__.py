@@ -17,6 +17,7 @@ Files in the order in which one event travels through them:
     model         everything learnt that scoring needs, in one object
     window        slates that wait for what their viewers do
     learner       the fold over `examples` that moves the model
+    motion        how far a step moved it, and at which rates
     retrieval     candidates of each channel
     recommend     retrieve -> rank -> draw -> explain, written once for serving and replay
     metrics       full-catalogue ranks, hit rate, NDCG, MRR

@@ -11,6 +11,7 @@ Knows nothing about Kafka or Redis.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ import xxhash
 from numba import njit
 from numpy.typing import NDArray
 
-from models.bandit import Rewards, RewardTable, examination
+from models.bandit import POLICIES, Rewards, RewardTable, examination
 from models.decay import Popularity, add, at_time, grown, popularities
 from models.encoder import RECENT, Encoder
 from models.examples import ACTION, ENTERS, RATING, CodecError, Entries
@@ -44,12 +45,28 @@ U16 = NDArray[np.uint16]
 U64 = NDArray[np.uint64]
 
 
+class Sums(dict[str, float]):
+    """Sums by name, which add up name by name."""
+
+    def put(self, name: str, amount: float = 1.0) -> None:
+        """Add to one of them."""
+        self[name] = self.get(name, 0.0) + amount
+
+    def __add__(self, more: Sums) -> Sums:
+        out = Sums(self)
+        for name, amount in more.items():
+            out.put(name, amount)
+        return out
+
+
 @dataclass(slots=True)
 class Learned:
     """What one micro-batch did: events learnt, outcomes joined to a slate, lists the ranker learnt, losses, alarms.
 
     rated: ratings; rating_error: the sum of their squared errors before each was learnt, of values from -1 to 1.
     calibrated: of each slate that the calibration learnt, (probabilities before f64[k], what was chosen f64[k]).
+    sums: by policy the slates that came, hits (a slate of which something shown was chosen, once), their NDCG, that is
+    1 / log2(place + 2), and rewards, as `slates_<policy>`, `hits_`, `ndcg_`, `reward_`; alarms as `alarm_<watch>`.
     """
 
     entered: int = 0
@@ -61,6 +78,7 @@ class Learned:
     rating_error: float = 0.0
     alarms: int = 0
     calibrated: list[tuple[F64, F64]] = field(default_factory=list)
+    sums: Sums = field(default_factory=Sums)
 
 
 class Learner:
@@ -103,8 +121,13 @@ class Learner:
             self._calibrate(slate, None, True, out)
         for held in joined.came:
             self._expose(held)
+            out.sums.put(f"slates_{_policy(held)}")
+        for held, place in joined.hits:
+            out.sums.put(f"hits_{_policy(held)}")
+            out.sums.put(f"ndcg_{_policy(held)}", 1.0 / math.log2(place + 2.0))
         for reward in joined.rewards:
             self._reward(reward)
+            out.sums.put(f"reward_{_policy(reward.held)}", reward.earned)
         for slate, target, place, first in joined.pairs:
             out.joined += 1
             self._calibrate(slate, target, first, out)
@@ -244,8 +267,7 @@ class Learner:
         out.ranker_loss += ranker.learn(x, place)
         out.lists += 1
         for name, loss in zip(("linear", "network"), ranker.latest, strict=True):
-            if loss > 0.0 and self.watches[name].learn(loss):
-                out.alarms += 1
+            if loss > 0.0 and self._alarm(name, loss, 1, out):
                 ranker.loosen(LOOSER)
 
     def _value(self, entries: Entries, judged: I64, out: Learned) -> None:
@@ -259,7 +281,7 @@ class Learner:
             error = float(errors.sum())
             out.rated += len(errors)
             out.rating_error += error
-            out.alarms += self.watches["values"].learn(error, len(errors))
+            self._alarm("values", error, len(errors), out)
 
     def _enter(self, entries: Entries, entering: I64, checks: U16, out: Learned) -> None:
         """Count the entries at `entering` i64[k] and take a step on them; checks u16[k] of their ids."""
@@ -279,7 +301,15 @@ class Learner:
         self.learnt += k
         out.entered += k
         out.encoder_loss += loss
-        out.alarms += self.watches["encoder"].learn(loss, k)
+        self._alarm("encoder", loss, k, out)
+
+    def _alarm(self, name: str, loss: float, count: int, out: Learned) -> bool:
+        """Let a watch take the summed loss of `count` examples; returns whether that is an alarm, and counts it."""
+        risen = self.watches[name].learn(loss, count)
+        if risen:
+            out.alarms += 1
+            out.sums.put(f"alarm_{name}")
+        return risen
 
     def step_seed(self, entries: Entries) -> int:
         """Return the negatives' seed of a micro-batch, from its first source position and the learner's seed."""
@@ -356,6 +386,12 @@ class Learner:
         for name, stored in watches.items():
             if stored is not None:
                 self.watches[name].set_state(stored)
+
+
+def _policy(held: Held) -> str:
+    """Return the name of the policy that drew a slate, "other" for one that is none of ours."""
+    name = held.shown.policy.partition("/")[0]
+    return name if name in POLICIES else "other"
 
 
 def _check(text: str) -> int:

@@ -42,7 +42,7 @@ START: Final = Origin(0, -np.inf)
 class Held:
     """One slate of the join window; `listed`: features of all candidates were logged, else of the shown items only.
 
-    settled: an outcome joined it, with which it was calibrated.
+    settled: an outcome joined it, with which it was calibrated; hit: one of what it showed was chosen.
     """
 
     shown: Shown
@@ -54,6 +54,7 @@ class Held:
     told: set[tuple[int, int]] = field(default_factory=set)
     """(kind, item) of what has been rewarded; what a user does again earns nothing more."""
     settled: bool = False
+    hit: bool = False
 
 
 class Joined(NamedTuple):
@@ -76,13 +77,14 @@ class Reward(NamedTuple):
 
 @dataclass(slots=True)
 class Joins:
-    """What one micro-batch of entries came to: slates that came, outcomes that joined one, rewards, and slates that
-    left without an outcome."""
+    """What one micro-batch of entries came to: slates that came, outcomes that joined one, rewards, slates that left
+    without an outcome, and hits: (slate, place) where one of what it showed was chosen for the first time."""
 
     came: list[Held] = field(default_factory=list)
     pairs: list[Joined] = field(default_factory=list)
     rewards: list[Reward] = field(default_factory=list)
     left: list[Held] = field(default_factory=list)
+    hits: list[tuple[Held, int]] = field(default_factory=list)
 
 
 class Window(OrderedDict[int, Held]):
@@ -113,15 +115,17 @@ class Window(OrderedDict[int, Held]):
                 if held is None:
                     continue
                 target, enters = int(entries.target[i]), bool(flags & ENTERS)
-                self._reward(
-                    held, target, kind, enters, (float(entries.value[i]), float(entries.weight[i])), rewards, out
-                )
+                said = float(entries.value[i]), float(entries.weight[i])
+                shown_at = self._reward(held, target, kind, enters, said, rewards, out)
                 if kind == VIEW:
                     held.viewed.add(target)
                 elif enters:
                     held.chosen.add(target)
                     out.pairs.append(Joined(held, target, place, not held.settled))
                     held.settled = True
+                    if shown_at >= 0 and not held.hit:
+                        held.hit = True
+                        out.hits.append((held, shown_at))
         return out
 
     def _hold(self, shown: Shown, origin: Origin, out: Joins) -> None:
@@ -149,16 +153,21 @@ class Window(OrderedDict[int, Held]):
 
     def _reward(
         self, held: Held, target: int, kind: int, enters: bool, said: tuple[float, float], rewards: Rewards, out: Joins
-    ) -> None:
-        """Add what an event says of a shown item, as far as it was not said before; to choose it counts as a click."""
+    ) -> int:
+        """Add what an event says of a shown item, as far as it was not said before; to choose it counts as a click.
+
+        Returns its place in the slate, -1 for an item that was not shown.
+        """
         at = places_of(held.shown.items, np.array([target], np.uint64))
+        place = int(at[0]) if len(at) else -1
         kinds = [k for k in dict.fromkeys((CLICK, kind) if enters else (kind,)) if (k, target) not in held.told]
-        if not len(at) or not kinds:
-            return
+        if place < 0 or not kinds:
+            return place
         first = not any(item == target for _, item in held.told)
         held.told.update((k, target) for k in kinds)
         earned = sum(rewards.of(held.shown.surface, k, *said) for k in kinds)
-        out.rewards.append(Reward(held, int(at[0]), earned, first))
+        out.rewards.append(Reward(held, place, earned, first))
+        return place
 
 
 @njit(cache=True)

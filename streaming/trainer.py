@@ -23,6 +23,7 @@ from models.examples import CodecError, Entries, HoleError, accept, concatenate
 from models.factors import sound, unpack_named
 from models.learner import Learned, Learner
 from models.model import STATE_FORM, STATE_ROW, Model
+from models.motion import Motion
 from models.rows import LEARNT, Rows
 from models.window import Origin
 from streaming.kafka.ground import HOLE
@@ -128,6 +129,7 @@ class Trainer:
         """Versions pinned and learnt on from; the step that last went back; steps refused."""
         self.made, self.asked = 0.0, False
         self.guard, self.suspicion = Guard(), ""
+        self.motion, self.moved = Motion(), dict[str, float]()
         self.notes: list[dict[str, Any]] = []
         self._sizes: list[int] = []
         self._step_seed = self._unpinned = 0
@@ -312,6 +314,7 @@ class Trainer:
         if logged is None and (refusal := await self._refuse(values, dense)) is not None:
             return refusal
         _add(self.since, self.done)
+        self.moved = self.motion.step(learner, rows, self.done) if logged is None else {}
         record = logged or self._record(
             sizes=self._sizes, seed=self._step_seed, gone=len(gone),
             skipped=sorted(offset for offset in self.skip if self.committed <= offset < self.next),
@@ -451,6 +454,7 @@ class Trainer:
     async def _obey(self, control: Control) -> StepRecord:
         """Do what a control asks for, in a step of its own; what cannot be done is noted and changes nothing."""
         self.control, self.next = None, self.next + 1
+        self.done, self.moved = Learned(), {}
         try:
             if control.do == "rollback":
                 state = await self._version(control.version, control.identity)

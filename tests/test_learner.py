@@ -7,11 +7,13 @@ import pytest
 
 from models.bandit.last_layer import RIDGE
 from models.decay import RATES
-from models.examples import DWELL, ENTERS, IMPRESSION, SHOWN, VIEW, VOICE, Entries
+from models.encoder import RATE, SQUARE
+from models.examples import DWELL, ENTERS, IMPRESSION, SHOWN, VIEW, VOICE, Entries, Shown
 from models.features import F
-from models.learner import Learner
+from models.learner import Learned, Learner, Sums
+from models.motion import Motion
 from models.ranker import Ranker
-from models.rows import Rows
+from models.rows import LEARNT, Rows
 from models.window import WINDOW_S, Origin
 from tests.entries import KEYS, Walk, cuts, entry, shown
 from tests.learner_checks import CHECKS, EXEMPT, SUBJECTS, Subject
@@ -141,4 +143,69 @@ def test_refill_brings_back_the_window() -> None:
         assert again.window[slate].chosen == held.chosen
         assert again.window[slate].viewed == held.viewed
         assert again.window[slate].told == held.told
+        assert again.window[slate].hit == held.hit
     assert again.learnt == 0
+
+
+def test_slates_hits_and_rewards_are_told_by_policy_each_hit_once() -> None:
+    learner, items = Learner(rows=Rows()), [10, 11, 12]
+    came = [learner.learn(impression(slate, items, [*items, 13], 1e9 + slate)).sums for slate in (1, 2, 3)]
+    assert came == [{"slates_epsilon": 1.0}] * 3
+    assert learner.learn(outcome(13, 1e9 + 4, 1)).sums == {}, "never shown: no hit"
+    hit = learner.learn(outcome(12, 1e9 + 5, 1)).sums
+    assert hit["hits_epsilon"] == 1.0
+    assert hit["ndcg_epsilon"] == pytest.approx(0.5)
+    assert hit["reward_epsilon"] > 0.0
+    again = learner.learn(outcome(10, 1e9 + 6, 1)).sums
+    assert "hits_epsilon" not in again, "a slate is hit once"
+    assert again["reward_epsilon"] > 0.0
+    assert learner.learn(outcome(10, 1e9 + 7, 2)).sums["ndcg_epsilon"] == 1.0
+    foreign = impression(4, items, items, 1e9 + 8)
+    payload = Shown.from_bytes(foreign.extra[0])
+    payload.policy, payload.slate = "theirs", 5
+    foreign.extra = [payload.to_bytes()]
+    assert learner.learn(foreign).sums == {"slates_other": 1.0}
+    assert Sums({"a": 1.0, "b": 2.0}) + Sums({"a": 0.5, "c": -3.0}) == {"a": 1.5, "b": 2.0, "c": -3.0}
+
+
+def test_how_far_a_step_moved_is_read_off_and_changes_nothing() -> None:
+    walk = Walk(n=1200, width=F, users=3)
+    parts = cuts(walk.entries(), list(range(8, 1200, 8)))
+    watched, alone, motion = Learner(rows=Rows()), Learner(rows=Rows()), Motion()
+    told = []
+    for part in parts:
+        before = watched.model.factors.vectors.copy()
+        done = watched.learn(part)
+        rows = watched.take_changed()
+        told.append(motion.step(watched, rows, done))
+        alone.learn(part)
+        alone.take_changed()
+        figures = told[-1]
+        if figures.get("vector_drift_n") == len(rows):  # every one was touched before
+            then, now = before[rows], watched.model.factors.vectors[rows]
+            cosines = (then * now).sum(1) / np.linalg.norm(then, axis=1) / np.linalg.norm(now, axis=1)
+            assert figures["vector_drift"] == pytest.approx(1.0 - cosines.mean(), rel=1e-3, abs=1e-6)
+    last = told[-1]
+    assert sum(figures.get("vector_drift_n", 0) > 0 for figures in told) > 100
+    assert 0.0 < last["vector_drift"] < 0.1
+    assert 0.0 < last["rate_encoder"] < told[0]["rate_encoder"] <= RATE / np.sqrt(SQUARE)
+    assert last["gradient_norm_encoder"] > 0.0
+    assert last["rate_linear"] > 0.0
+    assert last["scorer"] in (0.0, 1.0)
+    assert watched.dense_state() == alone.dense_state()
+    everything = watched.rows.held_by(LEARNT)
+    assert watched.pack_state(everything) == alone.pack_state(everything)
+
+
+def test_the_gradient_of_the_ranker_is_what_its_squares_grew_by() -> None:
+    learner, motion = Learner(rows=Rows()), Motion()
+    no_rows = np.empty(0, np.int64)
+    motion.step(learner, no_rows, Learned())
+    before = learner.model.ranker.square_sum()
+    learner.learn(impression(1, [10, 11], [10, 11, 12], 1e9))
+    done = learner.learn(outcome(11, 1e9 + 1, 1))
+    grown = learner.model.ranker.square_sum() - before
+    assert motion.step(learner, no_rows, done)["gradient_norm"] == pytest.approx(np.sqrt(grown), rel=1e-4)
+    learner.model.ranker.loosen(0.1)
+    assert "gradient_norm" not in motion.step(learner, no_rows, done), "squares that fell say nothing of gradients"
+    assert "gradient_norm" not in motion.step(Learner(rows=Rows()), no_rows, done), "another learner's"

@@ -257,6 +257,16 @@ class Ranker:
         """Let both models learn faster: their sums of squares x factor, at least those of birth."""
         np.maximum(self._squares * np.float32(factor), np.float32(SQUARE), out=self._squares)
 
+    def rates(self) -> dict[str, float]:
+        """Return Adagrad's mean learning rates of either model: rate_linear, rate_network."""
+        rates = STEP / np.sqrt(self._squares)
+        return {"rate_linear": float(rates[: len(self.weights)].mean()),
+                "rate_network": float(rates[len(self.weights) :].mean())}  # fmt: skip
+
+    def square_sum(self) -> float:
+        """Return the sum of all sums of squares: it grows by the squared norm of each list's gradient."""
+        return float(self._squares.sum(dtype=np.float64))
+
     def learn(self, x: F16 | F64, label: int, slowest: float = SLOWEST) -> float:
         """Take one listwise step on features f16[m, F] (others are rounded to it), the chosen item at row `label`.
 

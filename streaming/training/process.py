@@ -22,7 +22,7 @@ from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 from infra.settings import Settings
 from infra.telemetry import EXIT_AGAIN, EXIT_FOR_GOOD, mark_ready, resident_mb
 from models.examples import ENTERS, Entries
-from models.learner import Learned, Learner
+from models.learner import Learned, Learner, Sums
 from models.metrics import calibration
 from models.rows import Rows
 from streaming.dead_letters import DeadLetters
@@ -281,9 +281,19 @@ class Steps:
                     **_calibration(done), "next": record.next,
                     "window": len(trainer.learner.window), "learnt_items": trainer.learner.rows.known,
                     "gone": record.gone, "rss_mb": resident_mb(), "refused": trainer.refused,
+                    **told_sums(done.sums), **trainer.moved,
                 }
             )  # fmt: skip
             self.writing.begin(time.time())
+
+
+def told_sums(sums: Sums) -> dict[str, float]:
+    """Return what a step says of served slates: by policy, and slates, hits, ndcg_sum and reward of all of them."""
+    total = Sums()
+    for name, amount in sums.items():
+        if (what := name.partition("_")[0]) != "alarm":
+            total.put("ndcg_sum" if what == "ndcg" else what, amount)
+    return {name: round(amount, 5) for name, amount in (total | sums).items()}
 
 
 def _calibration(done: Learned) -> dict[str, float]:
