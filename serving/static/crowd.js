@@ -2,8 +2,8 @@
 import { ask, poll, post } from "./ask.js";
 import { TimeChart } from "./charts.js";
 import { h, say } from "./dom.js";
-import { define, inline, register, setInline } from "./figure.js";
-import { number, percent, plural, span } from "./format.js";
+import { inline, register, setInline } from "./figure.js";
+import { number, percent } from "./format.js";
 import { column, latest, times } from "./stream.js";
 
 const ASK_S = 5;
@@ -20,6 +20,8 @@ register({
   surge: { name: "A surge", what: "The simulated world's truth changes: everybody is 7.4 times as likely (in odds) to click items of the topic; that halves every two minutes and ends after ten. Visitors also find more without us.", unit: "factor of the odds", window: "10 minutes", n: "everybody" },
 });
 
+const people = (count) => `${number(count)} ${count === 1 ? "person" : "people"}`;
+
 export class Crowd {
   constructor(place) {
     this.said = null; // the server's answer
@@ -28,7 +30,7 @@ export class Crowd {
     this.people = inline("people", "–");
     this.rate = inline("slates_s", "–");
     this.topic = h("select", { id: "topic" });
-    this.button = define(h("button", { class: "button", type: "button" }, "Make it trend"), "surge");
+    this.button = h("button", { class: "button", type: "button" }, "Make it trend");
     this.news = h("p", { class: "news-line", role: "status" });
     this.note = h("p", { class: "empty", id: "no-crowd", hidden: true });
     this.chart = new TimeChart({
@@ -41,7 +43,7 @@ export class Crowd {
       h("div", { class: "trend" }, h("label", { for: "topic" }, "Topic"), this.topic, this.button));
     place.append(
       h("h2", { id: "crowd-title" }, "A crowd, and a trend"),
-      h("p", { class: "lead" }, "Change how many simulated people come. Or let a topic surge: suddenly everybody wants it, nobody tells Freshet, and you see how soon it is noticed."),
+      h("p", { class: "lead" }, "Change how many simulated people come. Or let a topic ", inline("surge", "surge"), ": suddenly everybody wants it, nobody tells Freshet, and you see how soon it is noticed."),
       this.controls, this.note, this.news, this.chart.root);
     this.slider.addEventListener("input", () => this.slide());
     this.slider.addEventListener("change", () => this.wish({ users: Number(this.slider.value) }));
@@ -73,7 +75,7 @@ export class Crowd {
 
   slide() {
     this.wanted = Number(this.slider.value);
-    setInline(this.people, `${plural(this.wanted, "person").replace("persons", "people")} called`);
+    setInline(this.people, `${people(this.wanted)} called`);
   }
 
   async wish(body) {
@@ -90,7 +92,7 @@ export class Crowd {
   draw() {
     const world = latest((frame) => frame.world ?? null, 5);
     if (!this.said?.running || !world) return;
-    if (this.wanted === null) setInline(this.people, `${number(world.users)} ${world.users === 1 ? "person" : "people"}`);
+    if (this.wanted === null) setInline(this.people, people(world.users));
     setInline(this.rate, `${this.slatesPerSecond()} slates a second`);
     const surge = this.said.surge;
     const place = this.said.topics.indexOf(surge && world.surge_t ? surge.topic : this.topic.value);
@@ -119,6 +121,6 @@ export class Crowd {
     else if (world.noticed_s !== undefined) {
       this.news.replaceChildren(h("b", {}, topic), " surges. Noticed after ", inline("noticed", `${number(world.noticed_s, 1)} s`), ": its share of the slots was ", inline("base", percent(world.surge_base)), " in the minute before.");
     } else if (world.surge_base === undefined) this.news.replaceChildren(h("b", {}, topic), " surges. Too few slates were served before it to say when it is noticed.");
-    else this.news.replaceChildren(h("b", {}, topic), ` surges since ${span(Math.round(world.surge_age_s))}; not noticed yet. Its share of the slots was `, inline("base", percent(world.surge_base)), " before.");
+    else this.news.replaceChildren(h("b", {}, topic), " surges; not noticed yet. Its share of the slots was ", inline("base", percent(world.surge_base)), " before.");
   }
 }

@@ -9,6 +9,14 @@ const MOST = 4; // titles of each list
 const SEQUENCE = 6;
 const DONE = { click: "You opened", dwell: "You read", rating: "You gave stars to", action: "You hid" };
 
+const TRY = [
+  "Open a tile that you like: others like it come, within milliseconds.",
+  "Leave it open for half a minute, or give it stars: both say more than a click.",
+  "Hide what you do not want (✕ on a tile).",
+  "Let a topic surge below, and see when the crowd's slates follow.",
+  "Start over: you are a stranger again.",
+];
+
 register({
   weight: { name: "Weight", what: "How much this item says of your taste: the sum of what you did with it (a click 1, a like .8, thirty seconds .5, stars by their place on the scale, hiding it -1).", unit: "weight", window: "until newer items push it out (the newest 50 are kept)", n: "your acts on this item" },
   decay: { name: "What is left of it", what: "What time has left of this weight in the taste of the last hour (it halves every hour).", unit: "share", window: "half-life of 1 h", n: "1" },
@@ -41,8 +49,9 @@ export class Learnt {
   start(slate, profile) {
     this.profile = profile;
     for (const one of slate.items) this.seen.set(one.item_id, one);
-    if (profile.sequence.length) this.place.replaceChildren(h("p", { class: "lead" }, `You were here before: it remembers ${plural(profile.sequence.length, "item")}.`), ...this.sequence(profile, null));
-    else this.place.replaceChildren(h("p", { class: "lead" }, "Nothing yet: it does not know you. Open a tile, give stars, or hide something: what came, went and moved, and what your profile then holds, is told here."));
+    const known = profile.sequence.length;
+    if (known) this.place.replaceChildren(h("p", { class: "lead" }, `You were here before: it remembers ${plural(known, "item")}.`), ...this.sequence(profile, null));
+    else this.place.replaceChildren(h("p", { class: "lead" }, "Nothing yet: it does not know you. What came, went and moved, and what your profile then holds, is told here. Try:"), h("ol", { class: "try" }, TRY.map((text) => h("li", {}, text))));
   }
 
   tell({ item, rest, slate, before, profile, visitor }) {
