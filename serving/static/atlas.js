@@ -20,7 +20,11 @@ export class Atlas {
     this.root = h("div", { class: "atlas" }, h("div", { class: "sheet" }, this.canvas, this.tip), this.legend);
     this.watch = new ResizeObserver(() => this.paint());
     this.watch.observe(this.canvas);
-    this.unTheme = onTheme(() => this.paint());
+    this.unTheme = onTheme(() => {
+      this.legend.dataset.names = "";
+      this.showTopics();
+      this.paint();
+    });
   }
 
   items(list) {
@@ -67,7 +71,7 @@ export class Atlas {
     const names = [...counts].sort((a, b) => b[1] - a[1]).slice(0, TOPICS).map(([name]) => name).sort();
     if (this.legend.dataset.names === names.join("|")) return;
     this.legend.dataset.names = names.join("|");
-    this.legend.replaceChildren(...names.map((name) => h("button", { class: "chip hued", type: "button", "aria-pressed": "false", style: { "--hue": hue(name) }, onclick: (event) => this.light(name, event.currentTarget) }, h("i", { "aria-hidden": "true" }), name || "no topic")));
+    this.legend.replaceChildren(...names.map((name) => h("button", { class: "chip hued", type: "button", "aria-pressed": "false", style: { "--hue": hue(name) }, onclick: (event) => this.light(name, event.currentTarget) }, h("i", { "aria-hidden": "true", style: { background: dot(name) } }), name || "no topic")));
   }
 
   light(name, button) {
@@ -113,15 +117,15 @@ export class Atlas {
     const [hx, hy] = this.place(this.hour);
     pen.lineCap = "round";
     for (const entry of this.entries) {
-      if (entry.decay < 0.02) continue;
+      if (entry.decay["1h"] < 0.02) continue;
       const [x, y] = this.place(entry);
-      pen.strokeStyle = color("ink", 0.08 + 0.4 * entry.decay);
-      pen.lineWidth = 0.5 + 2 * entry.decay;
+      pen.strokeStyle = color("ink", 0.08 + 0.4 * entry.decay["1h"]);
+      pen.lineWidth = 0.5 + 2 * entry.decay["1h"];
       pen.beginPath();
       pen.moveTo(x, y);
       pen.lineTo(hx, hy);
       pen.stroke();
-      pen.strokeStyle = color("ink", 0.35 + 0.6 * entry.decay);
+      pen.strokeStyle = color("ink", 0.35 + 0.6 * entry.decay["1h"]);
       pen.lineWidth = 1.25;
       pen.beginPath();
       pen.arc(x, y, 5.5, 0, 7);

@@ -7,7 +7,7 @@ import { calm } from "./theme.js";
 export function card(title, { width = "", lead = "", aside = null, level = 2 } = {}, ...children) {
   const heading = h(`h${level}`, {}, title);
   const head = aside ? h("div", { class: "head" }, h("div", {}, heading, lead && h("p", { class: "lead" }, lead)), aside) : [heading, lead && h("p", { class: "lead" }, lead)];
-  return h("section", { class: `card ${width}`, "aria-label": title }, head, children);
+  return h("section", { class: `card ${width}` }, head, children);
 }
 
 export function empty(title, next = "") {
@@ -21,11 +21,11 @@ export function trouble(error) {
 }
 
 /* Rows of label, bar and number. `.set([{label, value, text, n, mark, href, color}], {max})`: value and mark in the unit of
-   `max` (the largest value where not given). `def` defines the numbers. */
-export function bars(title, def, { head = ["", ""] } = {}) {
+   `max` (the largest value where not given). `def` defines the numbers; `named`: long labels. */
+export function bars(title, def, { head = ["", ""], named = false } = {}) {
   const body = h("tbody");
   const number = define(h("th", { scope: "col", class: "num" }, head[1]), def);
-  const root = h("div", { class: "table bars" }, h("table", {}, h("caption", { class: "visually-hidden" }, title), h("thead", {}, h("tr", {}, h("th", { scope: "col" }, head[0]), h("td", {}), number)), body));
+  const root = h("div", { class: named ? "table bars named" : "table bars" }, h("table", {}, h("caption", { class: "visually-hidden" }, title), h("thead", {}, h("tr", {}, h("th", { scope: "col" }, head[0]), h("td", {}), number)), body));
   const rows = new Map();
   root.set = (list, { max } = {}) => {
     const top = max ?? Math.max(1e-9, ...list.map((one) => Math.max(one.value ?? 0, one.mark ?? 0)));

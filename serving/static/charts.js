@@ -17,6 +17,11 @@ function decades(low, high) {
   return found.filter((value) => value >= low && value <= high);
 }
 
+// Without the zeros that end a fraction: an axis needs no more digits than its ticks.
+function short(text) {
+  return text.replace(/(\.\d*?)0+(?=\s|$)/, "$1").replace(/\.(?=\s|$)/, "");
+}
+
 const finite = (value) => typeof value === "number" && Number.isFinite(value);
 
 // A small <svg class="spark"> of one value a second, gaps allowed; from zero unless `rising`.
@@ -91,7 +96,7 @@ export class TimeChart {
       scales: { x: { time: true, range: (_, low, high) => [Math.min(low, high - MIN_SPAN_S), high] }, y: { distr: this.log ? 3 : 1, range } },
       axes: [
         { ...axis, size: 24, space: 70, grid: { show: false }, values: (_, at) => at.map((t, k) => (k && at[k] - at[k - 1] < 60 ? clock(t) : clock(t).slice(0, 5))) },
-        { ...axis, size: 46, space: 34, grid, ...(this.log ? { splits: (_, __, low, high) => decades(low, high), filter: (_, at) => at } : {}), values: (_, at) => at.map((value) => (value === null ? "" : this.format(value))) },
+        { ...axis, size: 46, space: 34, grid, ...(this.log ? { splits: (_, __, low, high) => decades(low, high), filter: (_, at) => at } : {}), values: (_, at) => at.map((value) => (value === null ? "" : short(this.format(value)))) },
       ],
       series: [{}, ...lines],
       bands: this.stacked ? this.series.slice(1).map((_, k) => ({ series: [k + 2, k + 1] })) : undefined,

@@ -8,7 +8,7 @@ function fill(made, properties, children) {
     else if (key === "style") for (const [name, text] of Object.entries(value)) made.style.setProperty(name, text);
     else made.setAttribute(key, value === true ? "" : value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return made;
 }
 

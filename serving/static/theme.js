@@ -51,16 +51,21 @@ export function color(name, alpha = 1) {
   return resolved.get(key) ?? "gray";
 }
 
-// A hue (degrees) of a name, always the same: topics keep their colour on every page.
-export function hue(text) {
+function hashed(text) {
   let hash = 2166136261;
   for (const character of text) hash = Math.imul(hash ^ character.codePointAt(0), 16777619);
-  return Math.round((((hash >>> 0) * 0.6180339887) % 1) * 360);
+  return hash >>> 0;
 }
 
-// The colour of a dot of that hue, in the present theme.
+// A hue (degrees) of a name, always the same: topics keep their colour on every page.
+export function hue(text) {
+  return Math.round(((hashed(text) * 0.6180339887) % 1) * 360);
+}
+
+// The colour of a dot of that name in the present theme; also its shade differs, for names whose hues are near.
 export function dot(text, alpha = 1) {
-  return isDark() ? `hsl(${hue(text)} 55% 62% / ${alpha})` : `hsl(${hue(text)} 52% 43% / ${alpha})`;
+  const shade = 11 * ((hashed(text) >>> 9) % 3);
+  return isDark() ? `hsl(${hue(text)} 55% ${52 + shade}% / ${alpha})` : `hsl(${hue(text)} 55% ${32 + shade}% / ${alpha})`;
 }
 
 export function calm() {

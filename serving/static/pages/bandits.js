@@ -14,7 +14,7 @@ export const json = ["/-/bandits?limit=24"];
 const EVERY_S = 2;
 const SORTS = [["shown", "most shown"], ["mean", "best"], ["unsure", "least sure"], ["new", "newest"]];
 const LIMIT = 24;
-const NEWCOMERS = 14;
+const NEWCOMERS = 10;
 const FIRST = 30; // slates that must have shown an item before it counts as explored (models/bandit)
 
 export function open(root, { signal, sources }) {
@@ -24,10 +24,10 @@ export function open(root, { signal, sources }) {
   const body = h("tbody");
   const axis = h("span", { class: "axis", "aria-hidden": "true" }, h("span", {}, "0 %"), h("span", {}));
   const densityHead = h("th", { scope: "col", class: "density-cell" }, "share of clicks", axis);
-  const head = h("tr", {}, h("th", { scope: "col" }, "item"), define(densityHead, "posterior"), column("posterior_mean", { numeric: true }), column("exposures", { numeric: true }), column("arm_share", { numeric: true }));
+  const head = h("tr", {}, h("th", { scope: "col" }, "item"), define(densityHead, "posterior"), column("posterior_mean", { numeric: true, label: "believed" }), column("exposures", { numeric: true }), column("arm_share", { numeric: true }));
   const table = h("div", { class: "table arms" }, h("table", {}, h("thead", {}, head), body));
   const notice = h("div", {}, empty("Asking …"));
-  const exposure = bars("Exposure, by item", "arm_share", { head: ["item", "share of slots"] });
+  const exposure = bars("Exposure, by item", "arm_share", { head: ["item", "share of slots"], named: true });
   const fresh = h("div", {});
   root.append(
     h("section", { class: "card figures", "aria-label": "Exploration" }, Object.values(figures)),
@@ -49,7 +49,7 @@ export function open(root, { signal, sources }) {
     figures.share.set(percent(exploration.share, 1), { note: exploration.slots ? `of ${number(exploration.slots)} slots` : "no slates yet", n: exploration.slots ? plural(exploration.slots, "slot") : undefined, window: exploration.window_s });
     figures.first.set(percent(told.first_share, 0), { note: "of the slots, at most", n: "none: chosen, not learnt" });
     figures.epsilon.set(percent(told.epsilon, 0), { note: "where the policy is epsilon", n: "none: chosen, not learnt" });
-    figures.new.set(number(newcomers.length), { note: newcomers.length ? `newest ${ago(Math.max(...newcomers.map((one) => one.first_time ?? 0)))}` : "all known items were tried", n: "counted" });
+    figures.new.set(number(newcomers.length), { note: newcomers.length ? "shown by fewer than 30 slates" : "all known items were tried", n: "counted" });
     say(policy, (told.policy ?? []).map(([surface, name]) => `${surface === "*" ? "every surface" : surface}: ${name}`).join(" · "));
     notice.replaceChildren(...(arms.length ? [] : [empty("No item was shown yet.", "Ask for slates (the shop front does, or freshet simulate); each that is shown becomes an arm.")]));
     table.hidden = !arms.length;

@@ -19,7 +19,7 @@ export function open(root, { argument: item, signal, sources }) {
   const search = finder("items", { label: "Find an item by title or id", value: item, choose: (id) => { location.hash = `item/${encodeURIComponent(id)}`; } });
   const suggested = h("p", { class: "suggested" });
   const about = h("div", {});
-  root.append(card("Which", {}, h("div", { class: "controls" }, search, suggested), about));
+  root.append(card("Find an item", {}, h("div", { class: "controls" }, search, suggested), about));
   ask("/v1/popular?n=5", { signal }).then(({ items }) => {
     if (items.length) suggested.replaceChildren("popular now ", ...items.map((one) => h("a", { href: `#item/${encodeURIComponent(one.item_id)}` }, one.title || one.item_id)));
   }).catch(() => {}); // the box still takes any id
@@ -35,7 +35,7 @@ export function open(root, { argument: item, signal, sources }) {
   const posterior = h("div", {});
   const popularity = bars("Decayed counts", "decayed_count", { head: ["half-life", "count"] });
   const channels = bars("Channels", "item_channels", { head: ["channel", "share of its slots"] });
-  const lists = { next: bars("Chosen next", "next_weight", { head: ["item", "weight"] }), together: bars("Chosen by the same people", "together_weight", { head: ["item", "weight"] }), vector: bars("Nearest by vector", "similarity", { head: ["item", "cosine"] }) };
+  const lists = { next: bars("Chosen next", "next_weight", { head: ["item", "weight"], named: true }), together: bars("Chosen by the same people", "together_weight", { head: ["item", "weight"], named: true }), vector: bars("Nearest by vector", "similarity", { head: ["item", "cosine"], named: true }) };
   const none = { channels: empty("Not shown of late.", "Shares appear when slates of this process show it."), next: empty("Nothing yet.", "What people choose after it appears here."), together: empty("Nothing yet.", "What the same people choose appears here."), vector: empty("No vector yet.", "It is learnt from the first outcomes on.") };
   const sampled = h("p", { class: "soft small" });
   root.append(

@@ -54,7 +54,7 @@ export function open(root, { signal }) {
   const losses = chart({ title: "Losses before learning", format: (v) => number(v, 2), min: null, series: [{ label: "encoder", color: "s4", def: "encoder_loss" }, { label: "ranker", color: "s2", def: "ranker_loss" }], empty: "The learner has taken no step yet." });
   const logLoss = chart({ title: "Log loss of clicks", format: (v) => number(v, 3), series: [{ label: "log loss", color: "s1", def: "click_loss" }], empty: "Nothing shown has an outcome yet." });
   const calibration = chart({ title: "Calibration: predicted and observed share of clicks", format: (v) => percent(v, 1), series: [{ label: "predicted", color: "s1", def: "click_probability" }, { label: "observed", color: "s2", def: "click_share" }], empty: "Nothing shown has an outcome yet." });
-  const gradient = chart({ title: "Gradient norm", format: (v) => number(v, 2), log: true, series: [{ label: "gradient norm", color: "s3", def: "gradient_norm" }], empty: "Not told yet by this learner." });
+  const gradient = chart({ title: "Gradient norm", format: (v) => number(v, 2), series: [{ label: "gradient norm", color: "s3", def: "gradient_norm" }], empty: "Not told yet by this learner." });
   const drift = chart({ title: "Drift of item vectors", format: (v) => number(v, 4), series: [{ label: "cosine distance a step", color: "s5", def: "vector_drift" }], empty: "Not told yet by this learner." });
   const policyPlace = h("div", {});
   const ratePlace = h("div", {});

@@ -11,7 +11,7 @@ export const lead = "Events in, profiles changed, slates out: this second and th
 export const json = ["/-/live", "/-/state", "/metrics"];
 
 const TYPES = [["impression", "s7"], ["view", "s4"], ["click", "s1"], ["dwell", "s3"], ["rating", "s2"], ["action", "s5"]];
-const STAGES = [["profile", "profile read"], ["recommend", "retrieve, rank, draw"], ["answer", "whole answer"]];
+const STAGES = [["profile", "read the profile"], ["recommend", "retrieve, rank, draw"], ["answer", "write the answer"], ["lookup", "whole lookup"]];
 const SPARK_S = 120;
 const NEWS = 40;
 
@@ -122,9 +122,10 @@ export function open(root, { signal }) {
   function drawState(last) {
     const delay = latest((f) => f.api?.loop_delay_ms);
     const calmWords = `Serving in full. ${number(last.api?.items)} items, model step ${number(last.api?.step)}${delay === null ? "" : `, event loop ${ms(delay)} ms late`}.`;
-    const text = last.api?.degraded ? "Degraded: Redis does not answer. Slates come from the arrays in this process: popular and fresh items." : calmWords;
+    const turned = (total((f) => f.api?.shed_s, 10) ?? 0) + (total((f) => f.api?.errors_s, 10) ?? 0);
+    const text = turned && !last.api?.degraded ? `Under strain: in the last 10 s ${plural(Math.ceil(turned), "request")} turned away or failed.` : last.api?.degraded ? "Degraded: Redis does not answer. Slates come from the arrays in this process: popular and fresh items." : calmWords;
     if (state.textContent !== text) state.textContent = text;
-    state.className = `notice ${last.api?.degraded ? "bad" : "good"}`;
+    state.className = `notice ${last.api?.degraded ? "bad" : turned ? "warn" : "good"}`;
   }
 
   function freshFrames(after) {

@@ -21,7 +21,7 @@ export function open(root, { argument, signal, sources }) {
   const notice = h("div", {}, empty("Asking …"));
   const detail = h("div", { class: "two-thirds grid nested" });
   root.append(
-    card("Last served", { width: "third", aside: segments("Follow", [[true, "live"], [false, "hold"]], live, (value) => { live = value; if (live) again(); }) }, count, notice, list),
+    card("Last served", { width: "third listed", aside: segments("Follow", [[true, "live"], [false, "hold"]], live, (value) => { live = value; if (live) again(); }) }, count, notice, list),
     detail,
   );
   detail.append(card("One slate", {}, empty("Pick a slate.", "Its items, what it cost and, the candidates it was drawn from.")));

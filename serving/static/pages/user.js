@@ -24,7 +24,7 @@ export function open(root, { argument: user, signal, sources }) {
   const search = finder("users", { label: "Find a user by id", value: user, choose: (id) => { location.hash = `user/${encodeURIComponent(id)}`; } });
   const suggested = h("p", { class: "suggested" });
   const about = h("div", {});
-  root.append(card("Who", {}, h("div", { class: "controls" }, search, suggested), about));
+  root.append(card("Find a user", {}, h("div", { class: "controls" }, search, suggested), about));
   suggest(suggested, signal);
   if (!user) {
     about.replaceChildren(empty("Pick somebody.", "Type an id, or take one of those who were served last. Your own visitor of the shop front is here once you have been there."));
@@ -72,7 +72,7 @@ export function open(root, { argument: user, signal, sources }) {
     mapEmpty.replaceChildren(...(some ? [] : [empty("No map yet.", "It is drawn once the learner has vectors for some items: a few steps after the first clicks.")]));
     if (!some) return;
     atlas.items(items);
-    say(mapNote, `${number(items.length)} items most shown, of ${number(basis.rows)} learnt; the plane was fixed at step ${number(basis.step)} and holds ${percent(basis.explained)} of the vectors' variance. Its axes have no unit.`);
+    say(mapNote, `The ${number(items.length)} items shown most. The plane was fixed at step ${number(basis.step)}, from ${number(basis.rows)} items, and holds ${percent(basis.explained)} of their vectors' variance; its axes have no unit.`);
     locate();
   }, (error) => mapEmpty.replaceChildren(trouble(error)));
 
