@@ -15,6 +15,7 @@ from models.motion import Motion
 from models.ranker import Ranker
 from models.rows import LEARNT, Rows
 from models.window import WINDOW_S, Origin
+from streaming.training.process import told_sums
 from tests.entries import KEYS, Walk, cuts, entry, shown
 from tests.learner_checks import CHECKS, EXEMPT, SUBJECTS, Subject
 
@@ -166,6 +167,15 @@ def test_slates_hits_and_rewards_are_told_by_policy_each_hit_once() -> None:
     foreign.extra = [payload.to_bytes()]
     assert learner.learn(foreign).sums == {"slates_other": 1.0}
     assert Sums({"a": 1.0, "b": 2.0}) + Sums({"a": 0.5, "c": -3.0}) == {"a": 1.5, "b": 2.0, "c": -3.0}
+
+
+def test_what_a_step_tells_of_all_policies_is_the_sum_of_each() -> None:
+    sums = Sums(slates_epsilon=3, slates_ucb=2, ndcg_epsilon=0.5, ndcg_ucb=1, alarm_encoder=1)
+    told = told_sums(sums)
+    assert (told["slates"], told["ndcg_sum"], told["alarm_encoder"]) == (5, 1.5, 1)
+    assert (told["slates_ucb"], told["ndcg_epsilon"]) == (2, 0.5)
+    assert "alarm" not in told
+    assert told_sums(Sums()) == {}
 
 
 def test_how_far_a_step_moved_is_read_off_and_changes_nothing() -> None:
