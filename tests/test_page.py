@@ -1,4 +1,5 @@
-"""The page in a real browser, on a real stack: it loads under its content policy, and a click changes the slate."""
+"""The shop front in a real browser, on a real stack: it loads under its content policy, a click changes the slate, and
+the crowd comes and goes as the page wishes."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import asyncio
 import json
 import re
 import shutil
+import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,9 +17,11 @@ from typing import Any
 import aiohttp
 import pytest
 
+from infra.demo import simulate
+from infra.process import free_port
 from infra.settings import Settings
 from infra.stack import Stack
-from streaming.simulation.people import Api, catalogue_entry, item_id
+from streaming.simulation.people import Api, ApiError, Simulation, catalogue_entry, item_id
 from streaming.simulation.world import World
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -87,9 +92,12 @@ async def opened(url: str, folder: Path) -> AsyncIterator[Page]:
         await browser.communicate()
 
 
-@pytest.fixture
-def stack(kafka: str, redis_url: str, namespace: str, tmp_path: Path) -> Iterator[Stack]:
-    settings = Settings.load(tmp_path, env={}, kafka=kafka, redis=redis_url, namespace=namespace, port=8300)
+@pytest.fixture(scope="module")
+def stack(kafka: str, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("page")
+    settings = Settings.load(
+        folder, env={}, kafka=kafka, redis=redis_url, namespace=f"t{uuid.uuid4().hex[:10]}", port=free_port()
+    )
     with Stack(settings, processes=("users", "items", "api")) as running:
         yield running
 
@@ -129,3 +137,52 @@ async def test_a_click_changes_the_slate_in_the_browser(stack: Stack, tmp_path: 
             )
             assert await page.run("document.documentElement.scrollWidth <= window.innerWidth")
             assert page.problems == []
+
+
+@pytest.mark.timeout(180)
+async def test_the_crowd_and_its_trend_follow_the_page(stack: Stack, tmp_path: Path) -> None:
+    async with Api(stack.api) as api:
+        with pytest.raises(ApiError, match="a simulation that runs"):
+            await api.post("/-/crowd", {"users": 7})
+        met: list[Simulation] = []
+        people = asyncio.create_task(
+            simulate(
+                stack.settings, stack.api, users=20, items=60, rate=10.0, seed=1, seconds=60.0, began=time.time(),
+                show=lambda simulation, screen: met.append(simulation),
+            )
+        )  # fmt: skip
+
+        async def until(**wanted: object) -> None:
+            async with asyncio.timeout(60):
+                while not wanted.items() <= (await api.get("/-/crowd")).items():
+                    assert not people.done(), people
+                    await asyncio.sleep(0.1)
+
+        try:
+            await until(running=True, users=20)
+            async with opened(stack.api + "/", tmp_path / "browser") as page:
+                await page.until("document.getElementById('people').value === '20'")
+                await page.until("!document.getElementById('crowd').querySelector('.controls').hidden")
+                slide = (
+                    "people.value = 40, ['input', 'change'].forEach((name) => people.dispatchEvent(new Event(name)))"
+                )
+                await page.run(slide)
+                await until(users=40)
+                await page.until("document.getElementById('people-now').textContent.startsWith('40 people')")
+                await page.run("topic.value = 'Cycling', document.querySelector('.trend .button').click()")
+                await page.until("document.querySelector('.news-line').textContent.includes('Cycling surges')")
+                assert page.problems == []
+            simulation, told = met[-1], await api.get("/-/crowd")
+            assert told["surge"]["topic"] == "Cycling"
+            assert simulation.world.surge_strength() > 0.5
+            assert (simulation.active, simulation.world.users) == (40, 40)
+            await api.post("/-/crowd", {"users": 0})
+            await until(users=0)
+            async with asyncio.timeout(60):  # visits under way go on to their end, then it is quiet
+                before = -1
+                while simulation.lookups > before:
+                    before = simulation.lookups
+                    await asyncio.sleep(1.5)
+        finally:
+            people.cancel()
+            await asyncio.gather(people, return_exceptions=True)
