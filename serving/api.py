@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from infra.telemetry import HTTP_SECONDS, Telemetry
+from infra.telemetry import HTTP_SECONDS
 from serving import erasure, ingest, introspect, lookup, metrics
 from serving.dashboard import arms, controls, crowd, letters, search, served
 from serving.dashboard.atlas import Atlas, MapQuery
@@ -34,6 +34,7 @@ from serving.messages import (
 from serving.parts import Parts
 from streaming.events import Posted
 
+_LOOKUP_ROUTE: Final = "/v1/recommendations/{user_id}"
 PartsHandler = Callable[[Parts, Request], Awaitable[Response]]
 
 _EVENTS = (
@@ -162,7 +163,7 @@ def _door(parts: Parts, method: str, path: str, handler: PartsHandler, summary: 
 
 def timed(parts: Parts, method: str, path: str, handler: PartsHandler) -> Handler:
     """Bind a handler to its parts: every answer's time is observed, and a Problem becomes its answer."""
-    route, telemetry = path.replace(":path", ""), parts.telemetry
+    route = path.replace(":path", "")
 
     async def answer(request: Request) -> Response:
         began, status = time.perf_counter(), "500"
@@ -174,10 +175,13 @@ def timed(parts: Parts, method: str, path: str, handler: PartsHandler) -> Handle
             status = str(response.status_code)
             return response
         finally:
-            _observe(telemetry, route, method, status, time.perf_counter() - began)
+            _observe(parts, route, method, status, time.perf_counter() - began)
 
     return answer
 
 
-def _observe(telemetry: Telemetry, route: str, method: str, status: str, seconds: float) -> None:
-    telemetry.observe(HTTP_SECONDS, seconds, route=route, method=method, status=status)
+def _observe(parts: Parts, route: str, method: str, status: str, seconds: float) -> None:
+    parts.telemetry.observe(HTTP_SECONDS, seconds, route=route, method=method, status=status)
+    parts.stages.failed += status[0] == "5"
+    if route == _LOOKUP_ROUTE:
+        parts.stages.put("lookup", seconds)

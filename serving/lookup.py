@@ -78,6 +78,7 @@ async def recommendations(parts: Parts, request: Request) -> Response:
     stages = {"profile": profile_at - began, "recommend": slate_at - profile_at, "answer": end - slate_at}
     for stage, seconds in stages.items():
         parts.telemetry.observe(SLATE_SECONDS, seconds, stage=stage)
+        parts.stages.put(stage, seconds)
     parts.telemetry.count(SLATES, policy=ask.policy, degraded=str(degraded).lower())
     if accepted is not None:
         parts.telemetry.observe(CHANGED_SECONDS, parts.freshness.answered(accepted))

@@ -22,6 +22,7 @@ from serving.dashboard.freshness import Freshness
 from serving.dashboard.news import News
 from serving.dashboard.quality import Quality
 from serving.dashboard.recent import Recent
+from serving.dashboard.stages import Stages
 from serving.keys import KeyRing
 from serving.overload import Overload
 from serving.slates import Impressions
@@ -50,6 +51,7 @@ class Parts:
     unreadable: Counter[str] = field(default_factory=Counter)
     """Reads of profiles that no codec here reads, by user; at most MAX_NAMED users are named."""
     freshness: Freshness = field(default_factory=Freshness)
+    stages: Stages = field(default_factory=Stages)
     news: News = field(default_factory=News)
     recent: Recent = field(default_factory=Recent)
     quality: Quality = field(init=False)

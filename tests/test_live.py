@@ -11,14 +11,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Histogram
 from starlette.applications import Starlette
 
 from serving.dashboard import files
 from serving.dashboard.freshness import Freshness
-from serving.dashboard.here import LOOKUP_ROUTE, Since
 from serving.dashboard.live import KEEP_S, MAX_VIEWERS, Live, Point, join, stream
 from serving.dashboard.news import News
+from serving.dashboard.stages import Stages
 
 
 class Curves:
@@ -224,21 +223,25 @@ def test_joining_tells_no_delay_where_nothing_was_applied() -> None:
     assert KEEP_S == 900
 
 
-def test_lookups_are_told_from_the_histogram() -> None:
-    registry = CollectorRegistry()
-    seconds = Histogram(
-        "freshet_http_seconds", "", ("route", "method", "status"), registry=registry, buckets=(0.001, 0.002, 0.01)
-    )
-    lookups = Since(registry)
-    assert lookups.take()["lookups_s"] == 0
+def test_lookups_and_stages_are_told_since_the_last_time() -> None:
+    stages = Stages()
+    assert stages.take(0) == {"lookups_s": 0, "errors_s": 0, "shed_s": 0}
     for duration in [0.0015] * 98 + [0.005] * 2:
-        seconds.labels(LOOKUP_ROUTE, "GET", "200").observe(duration)
-    seconds.labels("/v1/events", "POST", "202").observe(0.5)
-    figures = lookups.take()
-    assert figures["lookups_s"] > 0
-    assert figures["lookup_p50_ms"] == pytest.approx(1.51, abs=0.1)
-    assert 2 < figures["lookup_p99_ms"] <= 10
-    assert "lookup_p50_ms" not in lookups.take()
+        stages.put("lookup", duration)
+        stages.put("profile", duration / 2)
+    stages.failed += 3
+    figures = stages.take(7)
+    assert figures["lookups_s"] / figures["errors_s"] == pytest.approx(100 / 3, rel=0.01)
+    assert figures["shed_s"] / figures["errors_s"] == pytest.approx(7 / 3, rel=0.01)
+    assert figures["lookup_p50_ms"] == pytest.approx(1.5)
+    assert figures["lookup_p95_ms"] == pytest.approx(1.5)
+    assert figures["lookup_p99_ms"] == pytest.approx(5.0, rel=0.01)
+    assert figures["profile_p50_ms"] == pytest.approx(0.75)
+    assert stages.take(7) == {"lookups_s": 0, "errors_s": 0, "shed_s": 0}
+    for _ in range(10_000):
+        stages.put("lookup", 0.001)
+    stages.put("lookup", 1.0)
+    assert stages.take(7)["lookup_p50_ms"] == 1.0
 
 
 def test_what_several_workers_hold_is_added_once_each_and_counts_all_of_the_time() -> None:

@@ -5,6 +5,7 @@ Knows nothing of how slates are made. Files, from the door inwards:
     files       `/`, `/dashboard`, `/beacon.js` and `/static/...`
     live        the event stream at `/-/live`: one frame of figures a second
     here        what this process counts itself, for a frame
+    stages      how long lookups and their stages took
     freshness   from an accepted event to the first answer that knows it
     news        what broke last
     recent      the slates and slots that this process served last
