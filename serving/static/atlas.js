@@ -47,7 +47,7 @@ export class Atlas {
     this.entries = entries;
     const moved = (old, now) => old && now && Math.hypot(old.x - now.x, old.y - now.y) > 1e-6;
     if (hour && (!this.hour || moved(this.hour, hour))) this.trail = [...this.trail, { x: hour.x, y: hour.y }].slice(-TRAIL);
-    this.stops.push(glide(moved(from.hour, hour) || moved(from.month, month) ? 0.9 : 0, (share) => {
+    this.stops.push(glide(moved(from.hour, hour) || moved(from.month, month) ? 0.5 : 0, (share) => {
       const between = (old, now) => (old && now ? { x: old.x + (now.x - old.x) * share, y: old.y + (now.y - old.y) * share } : now);
       this.hour = between(from.hour, hour);
       this.month = between(from.month, month);

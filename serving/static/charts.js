@@ -8,6 +8,7 @@ const uPlot = window.uPlot; // vendor/uPlot.iife.min.js, loaded before the modul
 const MIN_SPAN_S = 60;
 const TABLE_ROWS = 24;
 const NEAR_PX = 6;
+const BRIDGE_S = 12;
 
 // 1, 2, 5, 10, ... within [low, high]; decades alone where there are many.
 function decades(low, high) {
@@ -20,6 +21,17 @@ function decades(low, high) {
 // Without the zeros that end a fraction: an axis needs no more digits than its ticks.
 function short(text) {
   return text.replace(/(\.\d*?)0+(?=\s|$)/, "$1").replace(/\.(?=\s|$)/, "");
+}
+
+// Short silences become undefined, over which uPlot draws on; longer ones stay null, where it breaks the line.
+function bridged(times, values) {
+  const made = values.slice();
+  for (let k = 0, since = 0; k < made.length; k++) {
+    if (made[k] === null) continue;
+    if (times[k] - times[since] <= BRIDGE_S) for (let between = since + 1; between < k; between++) made[between] = undefined;
+    since = k;
+  }
+  return made;
 }
 
 const finite = (value) => typeof value === "number" && Number.isFinite(value);
@@ -81,8 +93,8 @@ export class TimeChart {
     const axis = { stroke: () => color("faint"), font: "11px system-ui, sans-serif", ticks: { show: false }, gap: 6 };
     const grid = { stroke: () => color("line"), width: 1 };
     const lines = this.series.map((one) => ({
-      label: one.label, stroke: () => color(one.color), width: one.width ?? (this.stacked ? 1 : 1.75), dash: one.dash, spanGaps: true, points: { show: false },
-      fill: this.stacked ? () => color(one.color, 0.55) : undefined,
+      label: one.label, stroke: () => color(one.color), width: one.width ?? (this.stacked ? 0 : 1.75), dash: one.dash, points: { show: false },
+      fill: this.stacked ? () => color(one.color, 0.8) : undefined,
     }));
     const range = (_, low, high) => {
       if (this.log) return [Math.max(1e-6, low / 1.3), high * 1.3];
@@ -105,7 +117,7 @@ export class TimeChart {
   }
 
   data() {
-    if (!this.stacked) return [this.times, ...this.columns];
+    if (!this.stacked) return [this.times, ...this.columns.map((values) => bridged(this.times, values))];
     const sums = new Array(this.times.length).fill(0);
     return [this.times, ...this.columns.map((values) => values.map((value, k) => (sums[k] += value ?? 0)))];
   }

@@ -54,7 +54,7 @@ async function show() {
 }
 let unfollow = null;
 
-$("pages").append(...PAGES.map(([name, title]) => h("a", { href: `#${name}`, "data-page": name }, title)));
+$("pages").append(...PAGES.map(([name, title]) => h("a", { href: `/dashboard#${name}`, "data-page": name }, title)));
 $("skip").addEventListener("click", (event) => {
   event.preventDefault();
   $("page").focus();

@@ -16,7 +16,7 @@ export const DEFINITIONS = {
     ["dwell", "Times that people stayed with an item."], ["rating", "Stars given."], ["action", "Named acts: like, share, skip, hide and the like."],
   ].map(([name, what]) => [`events_${name}`, { name: `Events: ${name}`, what, unit: "per second", window: SECOND, n: "counted, no sample" }])),
   ...latencies("applied", "Event to applied", "From the log's acceptance of an event to its commit in the profile in Redis."),
-  ...latencies("changed", "Event to changed slate", "From the acceptance of an event to the answer of the first lookup that asked for a slate with it (after=), where this process did both.", MINUTE),
+  ...latencies("changed", "Event to changed slate", "From the acceptance of an event to the answer of the first lookup that asked for a slate with it (after=), where this process did both. The caller's own pause before asking is part of it.", MINUTE),
   ...latencies("lookup", "Lookup", "From a request for a slate to its answer, within this API process.", SECOND),
   lookups_s: { name: "Lookups", what: "Requests for a slate answered by this API process.", unit: "per second", window: SECOND },
   lag: { name: "Waiting", what: "Events accepted into the log and not yet folded into a profile, all partitions together.", unit: "events", window: "this moment" },

@@ -24,10 +24,10 @@ export function open(root, { signal, sources }) {
   const body = h("tbody");
   const axis = h("span", { class: "axis", "aria-hidden": "true" }, h("span", {}, "0 %"), h("span", {}));
   const densityHead = h("th", { scope: "col", class: "density-cell" }, "share of clicks", axis);
-  const head = h("tr", {}, h("th", { scope: "col" }, "item"), define(densityHead, "posterior"), column("posterior_mean", { numeric: true, label: "believed" }), column("exposures", { numeric: true }), column("arm_share", { numeric: true }));
+  const head = h("tr", {}, h("th", { scope: "col" }, "item"), define(densityHead, "posterior"), column("posterior_mean", { numeric: true, label: "believed" }), column("exposures", { numeric: true }), column("arm_share", { numeric: true, label: "slots" }));
   const table = h("div", { class: "table arms" }, h("table", {}, h("thead", {}, head), body));
   const notice = h("div", {}, empty("Asking …"));
-  const exposure = bars("Exposure, by item", "arm_share", { head: ["item", "share of slots"], named: true });
+  const exposure = bars("Exposure, by item", "arm_share", { head: ["item", "slots"], named: true });
   const fresh = h("div", {});
   root.append(
     h("section", { class: "card figures", "aria-label": "Exploration" }, Object.values(figures)),

@@ -7,13 +7,14 @@ import { ago, clock, ms, number, plural } from "../format.js";
 import { column, latest, times, total } from "../stream.js";
 
 export const title = "Now";
-export const lead = "Events in, profiles changed, slates out: this second and the last fifteen minutes.";
+export const lead = "Events in, profiles changed, slates out: this second and the last five minutes.";
 export const json = ["/-/live", "/-/state", "/metrics"];
 
 const TYPES = [["impression", "s7"], ["view", "s4"], ["click", "s1"], ["dwell", "s3"], ["rating", "s2"], ["action", "s5"]];
 const STAGES = [["profile", "read the profile"], ["recommend", "retrieve, rank, draw"], ["answer", "write the answer"], ["lookup", "whole lookup"]];
 const SPARK_S = 120;
 const NEWS = 40;
+const SHOWN_S = 300;
 
 const QUANTILES = [["50", "median", "s1"], ["95", "95 %", "s3"], ["99", "99 %", "s2"]];
 
@@ -54,7 +55,7 @@ export function open(root, { signal }) {
   );
   signal.addEventListener("abort", () => [byType, applied, changed, lookups].forEach((chart) => chart.close()));
 
-  const percentiles = (prefix, part) => QUANTILES.map(([q]) => column((f) => f[part]?.[`${prefix}_p${q}_ms`]));
+  const percentiles = (prefix, part) => QUANTILES.map(([q]) => column((f) => f[part]?.[`${prefix}_p${q}_ms`], SHOWN_S));
   const broke = [];
   let told = 0;
 
@@ -73,7 +74,7 @@ export function open(root, { signal }) {
     const fresh = freshFrames(told);
     if (fresh.length) list(fresh);
     told = last.t;
-    const at = times();
+    const at = times(SHOWN_S);
     const events = latest((f) => f.users?.events);
     figures.events.set(number(events), { note: `${number(total((f) => f.users?.events, 60))} in the last minute`, n: events });
     const applied50 = latest((f) => f.users?.applied_p50_ms, 20);
@@ -93,7 +94,7 @@ export function open(root, { signal }) {
     spark(sparks.lookups, column((f) => f.api?.lookups_s, SPARK_S));
     spark(sparks.lookup, column((f) => f.api?.lookup_p50_ms, SPARK_S));
     spark(sparks.lag, column((f) => f.users?.lag, SPARK_S));
-    const typed = TYPES.map(([name]) => column((f) => f.users?.[`events_${name}`]));
+    const typed = TYPES.map(([name]) => column((f) => f.users?.[`events_${name}`], SHOWN_S));
     byType.draw(at, typed);
     applied.draw(at, percentiles("applied", "users"));
     changed.draw(at, percentiles("changed", "api"));

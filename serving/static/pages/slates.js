@@ -7,9 +7,9 @@ import { clock, moment, ms, number, percent, signed, span, words } from "../form
 
 export const title = "Slates";
 export const lead = "The last slates that this process served: for whom, how long it took, from which channels, and with which odds each item was drawn.";
-export const json = ["/-/slates?limit=50"];
+export const json = ["/-/slates?limit=24"];
 
-const EVERY_S = 3;
+const EVERY_S = 4;
 const SCORES = 25;
 
 export function open(root, { argument, signal, sources }) {
@@ -26,7 +26,7 @@ export function open(root, { argument, signal, sources }) {
   );
   detail.append(card("One slate", {}, empty("Pick a slate.", "Its items, what it cost and, the candidates it was drawn from.")));
 
-  const again = poll("/-/slates?limit=50", EVERY_S, signal, (told) => {
+  const again = poll("/-/slates?limit=24", EVERY_S, signal, (told) => {
     if (!live && list.children.length) return;
     draw(told);
   }, (error) => notice.replaceChildren(trouble(error)));
@@ -45,7 +45,7 @@ export function open(root, { argument, signal, sources }) {
 
   function drawOne(one) {
     shown = one.slate_id;
-    sources(["/-/slates?limit=50", `/-/slates/${one.slate_id}`]);
+    sources(["/-/slates?limit=24", `/-/slates/${one.slate_id}`]);
     const items = h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col", class: "num" }, "#"), h("th", { scope: "col" }, "item"), h("th", { scope: "col" }, "channel and reason"), column("score", { numeric: true }), column("propensity", { numeric: true }))),
       h("tbody", {}, one.items.map((item, k) => h("tr", {}, h("td", { class: "num faint" }, k + 1), h("th", { scope: "row" }, h("a", { href: `#item/${encodeURIComponent(item.item_id)}` }, item.title || item.item_id), h("span", { class: "faint small under" }, item.category ?? "")), h("td", {}, h("span", {}, words(item.channel)), item.explored ? h("span", { class: "chip accent beside" }, "explored") : null, h("span", { class: "faint small under" }, item.reason ?? "")), h("td", { class: "num" }, signed(item.score, 2)), h("td", { class: "num" }, percent(item.propensity, 1))))));
     const spent = Object.entries(one.ms ?? {}).filter(([, value]) => Number.isFinite(value));

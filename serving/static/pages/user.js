@@ -11,7 +11,7 @@ export const title = "User";
 export const lead = "Where one person stands among the items, what is remembered of them and fades, and what the next slate would be.";
 export const json = ["/-/search?q=", "/-/map"];
 
-const USER_S = 1;
+const USER_S = 0.4;
 const SLATE_S = 3;
 const MAP_S = 15;
 const MAP_ITEMS = 600;
@@ -50,21 +50,25 @@ export function open(root, { argument: user, signal, sources }) {
   signal.addEventListener("abort", () => atlas.close());
   atlas.root.hidden = true;
 
-  let before = null; // the slate as it was, with the act that was newest then
+  let before = null; // the slate as it was before the newest act
+  let pending = null; // a slate of which it is not sure yet that no act came before it
+  let began = 0; // when the profile was last asked for
   let last = null; // key of the newest entry
   let entries = [];
   let point = null;
 
-  poll(`/v1/users/${id}`, USER_S, signal, async (told) => {
+  poll(() => { began = performance.now(); return `/v1/users/${id}`; }, USER_S, signal, async (told) => {
     drawAbout(told);
     entries = told.sequence.toReversed().sort((a, b) => b.time - a.time);
     drawSequence();
     const newest = entries[0] ? `${entries[0].hash}@${entries[0].time}` : "";
-    if (last !== null && newest !== last) await afterAct(entries[0]);
+    const acted = last !== null && newest !== last;
     last = newest;
+    if (acted) await afterAct(entries[0]);
+    else if (pending && began > pending.at) before = pending.slate;
   }, (error) => about.replaceChildren(trouble(error)));
 
-  const askSlate = poll(slateUrl, SLATE_S, signal, (told) => { before = told; drawNext(told); }, (error) => next.replaceChildren(trouble(error)));
+  const askSlate = poll(slateUrl, SLATE_S, signal, (slate) => { pending = { slate, at: performance.now() }; drawNext(slate); }, (error) => next.replaceChildren(trouble(error)));
 
   poll(`/-/map?limit=${MAP_ITEMS}`, MAP_S, signal, ({ basis, items }) => {
     const some = basis && items.length > 0;
@@ -146,6 +150,7 @@ export function open(root, { argument: user, signal, sources }) {
 
   async function afterAct(entry) {
     const old = before;
+    pending = null;
     const fresh = await ask(slateUrl, { signal });
     askSlate();
     if (!old || !entry) return;
@@ -166,7 +171,7 @@ async function suggest(place, signal) {
   const visitor = localStorage.getItem("freshet.visitor");
   let served = [];
   try {
-    served = (await ask("/-/slates?limit=40", { signal })).slates.map((slate) => slate.user_id);
+    served = (await ask("/-/slates?limit=16", { signal })).slates.map((slate) => slate.user_id);
   } catch {
     served = []; // the box still takes any id
   }
