@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import threading
 import time
 import urllib.request
@@ -99,6 +100,11 @@ def opened(site: Site, tab: Tab, user: str) -> Page:
     )
     tab.page.goto(site.api + "/static/example.html")
     return tab.page
+
+
+def test_the_readme_shows_the_page_that_is_served() -> None:
+    page = (STATIC / "example.html").read_text()
+    assert textwrap.indent(page, "    ") in (STATIC.parent.parent / "README.md").read_text()
 
 
 def test_what_is_done_on_the_example_arrives_once(site: Site) -> None:
