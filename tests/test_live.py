@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from starlette.routing import Route
 
 from serving.dashboard import files
 from serving.dashboard.freshness import Freshness
@@ -108,7 +111,7 @@ async def frames(messages: AsyncIterator[Any], count: int) -> list[tuple[int, di
 
 async def test_the_page_and_its_files_come_with_a_strict_policy() -> None:
     app = Starlette(routes=files.routes())
-    for page in ("/",):
+    for page in ("/", "/dashboard"):
         status, headers, body = await get(app, page)
         assert status == 200
         assert headers["content-type"].startswith("text/html")
@@ -121,6 +124,23 @@ async def test_the_page_and_its_files_come_with_a_strict_policy() -> None:
             assert again[2] == b""
     for path in ("/static/../live.py", "/static/", "/static/none.js"):
         assert (await get(app, path))[0] == 404
+
+
+async def test_a_file_that_changed_is_served_as_it_is_now(tmp_path: Path) -> None:
+    path = tmp_path / "a.js"
+    path.write_text("one")
+    app = Starlette(routes=[Route("/a.js", files.File(path).answer)])
+    _, before, body = await get(app, "/a.js")
+    assert body == b"one"
+    path.write_text("two")
+    os.utime(path, (1e9, 1e9))
+    status, after, body = await get(app, "/a.js", {"if-none-match": before["etag"]})
+    assert (status, body) == (200, b"two")
+    assert after["etag"] != before["etag"]
+
+
+def test_all_files_together_are_small() -> None:
+    assert sum(path.stat().st_size for path in files.files()) < 300_000
 
 
 def test_the_page_needs_no_network_and_has_nothing_inline() -> None:

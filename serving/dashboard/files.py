@@ -64,5 +64,5 @@ def routes() -> list[Route]:
     served: dict[str, Callable[[Request], Awaitable[Response]]] = {
         f"/static/{path.relative_to(STATIC).as_posix()}": File(path).answer for path in files()
     }
-    pages = {path: served[f"/static/{name}"] for path, name in PAGES.items() if f"/static/{name}" in served}
+    pages = {path: served[f"/static/{name}"] for path, name in PAGES.items()}
     return [Route(path, answer) for path, answer in (pages | served).items()]
