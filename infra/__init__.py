@@ -8,13 +8,13 @@ Files, the lowest first:
     kafka       a real Apache Kafka broker without Docker, Java or Maven on the machine
     store       a real Redis server
     stack       the supervisor of a local stack, as a library
-    status           what `freshet status` tells
     demo             `freshet demo` and `simulate` in the terminal
     replaying        `freshet replay` in the terminal
     replaying_live   the same log through a private stack
     access           `freshet keys` in the terminal
     recovering       `freshet rebuild`, `generation` and `snapshot` in the terminal
     inspecting       `freshet dead-letters` and `models` in the terminal
+    watching/        `freshet status`, `top` and `user`: what a person looks at in a terminal
     evaluating/      `freshet evaluate`: what would another policy have earned?
     proving/         bench: what measures and proves the rest
     terminal         how the command line speaks: shared options, errors, JSON

@@ -5,7 +5,6 @@ Knows how to ask and how to answer a person; what a verb does lies in the module
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +25,7 @@ The next request already knows the last click.
 
   freshet demo      everything at once, with simulated users: open the page
   freshet up        Kafka, Redis, agents, learner and API on this machine
-  freshet status    what runs, how far behind, how big
+  freshet status    what runs, how far behind, how big; --watch follows it
 
 [bold]Then, in another terminal[/]
 
@@ -413,31 +412,13 @@ def topics(
 # -- look inside ------------------------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel=LOOK)
-def status(
-    data: Data = None,
-    as_json: Json = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
-) -> None:
-    """What runs, how far behind, how big: processes, servers, topics, arrays."""
-    from infra.status import collect, table
+def _watching() -> None:
+    from infra.watching.verbs import add
 
-    settings = Settings.load(data)
-    if as_json:
-        show_json(collect(settings))
-        return
-    screen = console()
-    if not watch:
-        screen.print(table(collect(settings)))
-        return
-    import time
+    add(app)
 
-    from rich.live import Live
 
-    with Live(console=screen, screen=False, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
-        while True:
-            live.update(table(collect(settings)), refresh=True)
-            time.sleep(1)
+_watching()
 
 
 def _rebuild_and_dead_letters() -> None:
@@ -457,35 +438,6 @@ def _keys() -> None:
 
 
 _keys()
-
-
-@app.command(rich_help_panel=LOOK)
-def user(
-    user_id: Annotated[str, typer.Argument(help="Id of the user.", metavar="ID")],
-    data: Data = None,
-    as_json: Json = False,
-) -> None:
-    """What is known of one user: recent sequence, counters, slates; asks the API of the running stack.
-
-      freshet user ann
-      freshet user ann --json
-    """  # fmt: skip
-    from urllib.parse import quote
-
-    from infra.status import ask
-
-    settings = Settings.load(data)
-    stack = read_stack(settings.data) or {}
-    api = str(stack.get("api") or f"http://{settings.host}:{settings.port}")
-    told = ask(f"{api}/v1/users/{quote(user_id, safe='')}", settings.admin_key)
-    if told is None:
-        fail(f"the API at {api} gives no answer. Start the stack with `freshet up`, or name its folder: --data DIR.")
-    if as_json:
-        show_json(told)
-        return
-    from infra.status import facts
-
-    console().print(facts(user_id, told))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -212,7 +212,7 @@ def models_show(number: Number, data: Data = None, as_json: Json = False) -> Non
         show_json(shown)
         return
     shown |= {"made": _when(shown["made"]) + " UTC", "line": " <- ".join(map(str, line))}
-    from infra.status import facts
+    from infra.watching.status import facts
 
     console().print(facts(f"version {number}", shown))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import sys
 import time
@@ -184,7 +185,8 @@ CLICKS = Series(
     ("what",), of="deployment",
 )  # fmt: skip
 DRIFT_ALARMS = Series(
-    "freshet_drift_alarms_total", "counter", "Alarms of the learner's drift detectors.", of="deployment"
+    "freshet_drift_alarms_total", "counter", "Alarms of the learner's drift detectors, by what they watch.", ("part",),
+    of="deployment",
 )  # fmt: skip
 PREQUENTIAL = Series(
     "freshet_prequential_total", "counter",
@@ -195,7 +197,8 @@ LEARNING_RATE = Series(
     "freshet_learning_rate", "gauge", "Learning rate that a part of the learner has chosen.", ("part",), of="deployment"
 )  # fmt: skip
 GRADIENT_NORM = Series(
-    "freshet_gradient_norm", "gauge", "Norm of the gradients of the last step.", of="deployment"
+    "freshet_gradient_norm", "gauge", "Root mean square norm of the gradients of the last step.", ("part",),
+    of="deployment",
 )  # fmt: skip
 VECTOR_DRIFT = Series(
     "freshet_vector_drift", "gauge", "Mean cosine distance by which the last step moved the vectors it touched.",
@@ -348,6 +351,18 @@ def configure_logging(level: str = "info") -> None:
     root.setLevel(level.upper())
     for name in ("aiokafka", "kafka", "faust", "mode", "asyncio", "uvicorn", "httpx", "httpcore", "numba"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+
+def quantile(edges: Sequence[tuple[float, float]], q: float) -> float:
+    """The q-quantile (s) of cumulative buckets (edge, count), linear within one, at most the last finite edge."""
+    wanted, below, left = q * edges[-1][1], 0.0, 0.0
+    for edge, count in edges:
+        if count >= wanted:
+            if math.isinf(edge) or count == below:
+                return left
+            return left + (edge - left) * (wanted - below) / (count - below)
+        below, left = count, edge
+    return left
 
 
 def _foreign(name: str) -> bool:

@@ -92,7 +92,7 @@ COUNTED: Final[dict[str, dict[str, tuple[Series, Labels]]]] = {
         "events": (LEARNT, {"what": "events"}),
         "joined": (LEARNT, {"what": "joined"}),
         "lists": (LEARNT, {"what": "lists"}),
-        "alarms": (DRIFT_ALARMS, {}),
+        **{f"alarm_{part}": (DRIFT_ALARMS, {"part": part}) for part in ("linear", "network", "encoder", "values")},
     },
 }
 """By curve and name: what each point adds to a counter."""
@@ -109,7 +109,8 @@ LATEST: Final[dict[str, dict[str, tuple[Series, Labels]]]] = {
         "click_loss": (LOSS, {"part": "click"}),
         "click_probability": (CLICKS, {"what": "predicted"}),
         "click_share": (CLICKS, {"what": "chosen"}),
-        "gradient_norm": (GRADIENT_NORM, {}),
+        "gradient_norm": (GRADIENT_NORM, {"part": "ranker"}),
+        "gradient_norm_encoder": (GRADIENT_NORM, {"part": "encoder"}),
         "vector_drift": (VECTOR_DRIFT, {}),
     },
     "world": {

@@ -19,15 +19,19 @@ from hypothesis import strategies as st
 
 from infra.settings import Settings
 from models.bandit import explored
+from models.decay import add
 from models.examples import Entries
 from models.factors import DIM
+from models.items import CatalogueItem
 from models.recommend import Request, Slate
 from serving.app import create_app, warm
+from serving.dashboard.arms import rising
 from serving.dashboard.atlas import Basis, fit
 from serving.dashboard.quality import entropy, gini, spread
 from serving.dashboard.recent import EVERY_S, SLATES, USERS, Recent
 from serving.keys import add_key
 from serving.parts import Parts
+from serving.snapshot import Live
 from streaming.dead_letters import DeadLetters
 from streaming.events import Click, Item
 from streaming.learn import Dead
@@ -306,8 +310,24 @@ async def test_arms_are_told_as_the_policy_sees_them(shop: tuple[httpx.AsyncClie
     assert [(arm["item_id"], arm["to_go"]) for arm in told["newcomers"]] == [("i29", 23)]
     assert (await client.get("/-/bandits?sort=mean")).json()["arms"][0]["item_id"] == "i4"
     assert (await client.get("/-/bandits?sort=unsure")).json()["arms"][-1]["item_id"] == "i4"
+    risen = (await client.get("/-/bandits?sort=rising")).json()["arms"]
+    factors = [arm["rising"] for arm in risen]
+    assert factors == sorted(factors, reverse=True)
     assert (await client.get("/-/bandits?sort=best")).status_code == 422
     assert told["exploration"]["share"] is None
+
+
+def test_what_rises_has_more_of_the_last_quarter_of_an_hour_than_of_the_day() -> None:
+    live = Live.empty()
+    rows = np.array([live.items.set_item(number + 1, f"i{number}", CatalogueItem()) for number in range(3)])
+    live.items.grow()
+    popularity, now = live.items.popularity, 1_795_363_000.0
+    times: tuple[list[float], ...] = ([60.0] * 6, [3600.0 * hour for hour in range(6, 0, -1)], [])
+    for row, ages in zip(rows.tolist(), times, strict=True):
+        for age in ages:
+            add(popularity.weights[row], popularity.cells[row], now - age)
+    risen, steady, unseen = rising(live, rows, now).tolist()
+    assert risen > 1.5 > 1.0 == unseen > steady
 
 
 async def test_the_map_survives_a_restart_and_shows_a_user(

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from models.bandit import FIRST
 from models.bandit.posterior import log_odds
+from models.decay import NAMES, STEPS
 from serving.dashboard.recent import Slots
 from serving.dashboard.served import named
 from serving.messages import json_response, read_query
@@ -34,8 +35,8 @@ class ArmsQuery(Struct, forbid_unknown_fields=True):
 
     limit: Annotated[int, Meta(ge=1, le=200, description="How many arms.")] = 40
     sort: Annotated[
-        Literal["shown", "new", "mean", "unsure"],
-        Meta(description="Most shown, newest, best, or with the widest posterior first."),
+        Literal["shown", "new", "mean", "unsure", "rising"],
+        Meta(description="Most shown, newest, best, with the widest posterior, or fastest rising first."),
     ] = "shown"
 
 
@@ -45,10 +46,14 @@ async def bandits(parts: Parts, request: Request) -> Response:
     live.items.grow()
     window = parts.recent.window(parts.clock())
     rows = np.flatnonzero(live.items.eligible)
-    picked = sorted_arms(live, rows, query.sort)[: query.limit]
+    rise = rising(live, rows, parts.clock()) if query.sort == "rising" else np.zeros(0)
+    order = np.argsort(-rise, kind="stable")[: query.limit]
+    picked = rows[order] if len(rise) else sorted_arms(live, rows, query.sort)[: query.limit]
     new = rows[live.items.shown[rows] < FIRST]
     new = new[np.lexsort((rows_of_birth(live, new),))[::-1][:NEWCOMERS]]
-    newcomers = _arms(live, new, window)
+    arms, newcomers = _arms(live, picked, window), _arms(live, new, window)
+    for arm, factor in zip(arms, rise[order].tolist(), strict=False):
+        arm["rising"] = round(factor, 2)
     for arm in newcomers:
         arm["to_go"] = max(0, FIRST - arm["shown"])
     slots = len(window.items)
@@ -60,7 +65,7 @@ async def bandits(parts: Parts, request: Request) -> Response:
                 "share": round(float(window.explored.mean()), 5) if slots else None, "slots": slots,
                 "window_s": round(window.seconds, 1),
             },
-            "arms": _arms(live, picked, window), "newcomers": newcomers,
+            "arms": arms, "newcomers": newcomers,
         }
     )  # fmt: skip
 
@@ -69,6 +74,21 @@ def rows_of_birth(live: Live, rows: I64) -> NDArray[np.float64]:
     """Return when each of rows i64[k] was published or, where that is not told, first seen, s; 0 for never."""
     born, first = live.items.born[rows], live.items.first[rows]
     return np.where(born > 0.0, born, np.where(np.isfinite(first), first, 0.0))
+
+
+def rising(live: Live, rows: I64, now: float) -> NDArray[np.float64]:
+    """Return how many times its share of a day each of rows i64[k] had of the last quarter of an hour; 1 for unseen.
+
+    (w_15min + 1) / (w_1d W_15min / W_1d + 1)
+    """
+    popularity = live.items.popularity
+    cells, scale, _, _ = popularity.at(now)
+    recent, day = (
+        popularity.weights[rows, at] * scale[at]
+        * STEPS[np.clip(int(cells[at]) - popularity.cells[rows, at].astype(np.int64), 0, len(STEPS) - 1)]
+        for at in (NAMES.index("15min"), NAMES.index("1d"))
+    )  # fmt: skip
+    return np.asarray((recent + 1.0) / (day * (recent.sum() / max(day.sum(), 1e-9)) + 1.0))
 
 
 def sorted_arms(live: Live, rows: I64, by: str) -> I64:
