@@ -92,6 +92,8 @@ def run_demo(
             report["seconds_to_page"] = round(page, 1)
         except KeyboardInterrupt:
             pass
+        except ApiError as error:
+            raise StackError(f"the demo's API does not answer as expected: {error}") from error
         finally:
             status.update("ending all processes ...")
             status.start()

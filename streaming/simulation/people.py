@@ -8,7 +8,6 @@ never to the recommender.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -190,14 +189,18 @@ class Simulation:
             self._told = min(at + BATCH, last)
         return last - first
 
-    async def wait_served(self, timeout: float = 20.0) -> None:
-        """Wait until the newest item told is known to the API; raises TimeoutError."""
-        async with asyncio.timeout(timeout):
-            while True:
-                with contextlib.suppress(ApiError):  # 404 until then
-                    await self._api.get(f"/v1/items/{item_id(self._told - 1)}")
-                    return
-                await asyncio.sleep(0.05)
+    async def wait_served(self, timeout: float = 120.0) -> None:
+        """Wait until the newest item told is known to the API; raises ApiError."""
+        until, path = time.monotonic() + timeout, f"/v1/items/{item_id(self._told - 1)}"
+        while True:
+            try:
+                await self._api.get(path)
+                return
+            except ApiError as error:  # 404 until then
+                if time.monotonic() > until:
+                    text = f"{error}; {timeout:g} s after it was told: the log of the process `items` says why"
+                    raise ApiError(text, error.status) from error
+            await asyncio.sleep(0.05)
 
     # ---- the crowd
 
