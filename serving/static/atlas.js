@@ -7,6 +7,7 @@ const TRAIL = 90;
 const TOPICS = 14;
 const HIT_PX = 12;
 const PAD = 18;
+const FADE_S = 5; // what only fades is painted again this often
 
 /* `.items(list)` and `.user({hour, month, entries})` set what is drawn, gliding from what was; `pick(item)` is called where
    an item is chosen. `.nearest(point, n)` tells the items nearest to a point, for words beside the picture. */
@@ -45,8 +46,10 @@ export class Atlas {
   user({ hour, month, entries }) {
     const from = { hour: this.hour, month: this.month };
     this.entries = entries;
+    const still = (old, now) => old === now || (old && now && !moved(old, now));
     const moved = (old, now) => old && now && Math.hypot(old.x - now.x, old.y - now.y) > 1e-6;
     if (hour && (!this.hour || moved(this.hour, hour))) this.trail = [...this.trail, { x: hour.x, y: hour.y }].slice(-TRAIL);
+    if (still(from.hour, hour) && still(from.month, month) && performance.now() - this.painted < 1000 * FADE_S) return;
     this.stops.push(glide(moved(from.hour, hour) || moved(from.month, month) ? 0.5 : 0, (share) => {
       const between = (old, now) => (old && now ? { x: old.x + (now.x - old.x) * share, y: old.y + (now.y - old.y) * share } : now);
       this.hour = between(from.hour, hour);
@@ -93,6 +96,7 @@ export class Atlas {
       this.canvas.width = Math.round(this.width * ratio);
       this.canvas.height = Math.round(this.height * ratio);
     }
+    this.painted = performance.now();
     const pen = this.canvas.getContext("2d");
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, this.width, this.height);

@@ -111,10 +111,13 @@ export function refill(root, ...children) {
 export function glide(seconds, step) {
   let handle = 0;
   const began = performance.now();
+  let odd = false;
   const turn = (now) => {
+    odd = !odd;
+    if (odd && now - began < 1000 * seconds) return (handle = requestAnimationFrame(turn)); // thirty pictures a second are smooth enough
     const share = calm() || document.hidden ? 1 : Math.min(1, (now - began) / (1000 * seconds));
     step(1 - (1 - share) ** 3);
-    if (share < 1) handle = requestAnimationFrame(turn);
+    return share < 1 ? (handle = requestAnimationFrame(turn)) : 0;
   };
   handle = requestAnimationFrame(turn);
   return () => cancelAnimationFrame(handle);

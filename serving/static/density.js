@@ -4,6 +4,7 @@ import { h } from "./dom.js";
 import { color, onTheme } from "./theme.js";
 
 const POINTS = 140;
+const NOTICED = 0.01; // a change of alpha or beta that is worth gliding
 
 // Log of the density of Beta(alpha, beta) at x, up to a constant.
 function logBeta(x, alpha, beta) {
@@ -34,7 +35,8 @@ export class Density {
     this.canvas.setAttribute("aria-label", words);
     if (this.now && fromTop === top && ["alpha", "beta"].every((key) => Math.abs(from[key] - posterior[key]) < 1e-9)) return;
     this.stopGlide?.();
-    this.stopGlide = glide(this.now ? 0.8 : 0, (share) => {
+    const far = fromTop !== top || ["alpha", "beta"].some((key) => Math.abs(posterior[key] / from[key] - 1) > NOTICED);
+    this.stopGlide = glide(this.now && far ? 0.8 : 0, (share) => {
       const between = (a, b) => a * (b / a) ** share; // alpha and beta grow by factors
       this.now = { ...posterior, alpha: between(from.alpha, posterior.alpha), beta: between(from.beta, posterior.beta), mean: from.mean + (posterior.mean - from.mean) * share };
       this.top = fromTop + (top - fromTop) * share;

@@ -11,7 +11,7 @@ export const title = "Bandits";
 export const lead = "Each item is an arm: what is believed of its share of clicks, how often it was tried, and the new ones on their way.";
 export const json = ["/-/bandits?limit=24"];
 
-const EVERY_S = 2;
+const EVERY_S = 3;
 const SORTS = [["shown", "most shown"], ["mean", "best"], ["unsure", "least sure"], ["new", "newest"]];
 const LIMIT = 24;
 const NEWCOMERS = 10;

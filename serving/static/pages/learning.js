@@ -14,6 +14,7 @@ const COLORS = ["s1", "s2", "s3", "s4", "s5", "s6", "s7"];
 const WATCHED = { linear: "linear ranker", network: "ranker's network", encoder: "encoder", values: "predicted ratings" };
 const WINDOWS = [[30, "30 s"], [60, "1 min"], [300, "5 min"]];
 const ALARMS = 60;
+const EVERY_S = 2; // ten charts of 15 minutes need not be drawn each second
 
 // Sums over the last `window` seconds divided by each other, at each second; null below `least` of the lower one.
 function ratio(at, above, below, window, least = 1) {
@@ -157,5 +158,10 @@ export function open(root, { signal }) {
     rates(parts, at, parts.map((name) => learner(`rate_${name}`)), marks);
     drawAlarms(marks);
   }
-  return draw;
+  let drawnAt = 0;
+  return (last) => {
+    if (last.t - drawnAt < EVERY_S) return;
+    drawnAt = last.t;
+    draw();
+  };
 }

@@ -60,10 +60,10 @@ export function open(root, { argument: user, signal, sources }) {
   poll(() => { began = performance.now(); return `/v1/users/${id}`; }, USER_S, signal, async (told) => {
     drawAbout(told);
     entries = told.sequence.toReversed().sort((a, b) => b.time - a.time);
-    drawSequence();
     const newest = entries[0] ? `${entries[0].hash}@${entries[0].time}` : "";
     const acted = last !== null && newest !== last;
     last = newest;
+    if (acted || !drawn.size) drawSequence();
     if (acted) await afterAct(entries[0]);
     else if (pending && began > pending.at) before = pending.slate;
   }, (error) => about.replaceChildren(trouble(error)));
@@ -94,7 +94,11 @@ export function open(root, { argument: user, signal, sources }) {
     atlas.describe(`Map of ${atlas.points.length} items and the user. ${text}`);
   }
 
+  let aboutText = "";
   function drawAbout(told) {
+    const text = JSON.stringify([told.counters, told.seen, told.problem, ago(told.last_time)]);
+    if (text === aboutText) return;
+    aboutText = text;
     const counted = Object.entries(told.counters).filter(([name, count]) => count > 0 && name !== "duplicate");
     if (!told.known) return about.replaceChildren(empty(`Nothing is known of ${user}.`, "They would be served what is popular and new. Click as this user in the shop front, or POST /v1/events."));
     const list = facts([
