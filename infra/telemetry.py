@@ -190,7 +190,7 @@ DRIFT_ALARMS = Series(
 )  # fmt: skip
 PREQUENTIAL = Series(
     "freshet_prequential_total", "counter",
-    "Served slates whose outcome came, by the policy that drew them: how many, hits, sums of NDCG and of reward.",
+    "Served slates by the policy that drew them: how many, hits (something shown was chosen), sums of NDCG and reward.",
     ("what", "policy"), of="deployment",
 )  # fmt: skip
 LEARNING_RATE = Series(

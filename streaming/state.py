@@ -24,7 +24,7 @@ Values are bytes that the codecs in models/ wrote; this module moves them, atomi
 | `fr@1:{model}:faults` | as of the items | learner |
 | `fr@1:{model}:versions` | hash: number -> what is known of a version; its bytes are a file | learner |
 | `fr@1:{model}:pinned:<version>` | of a pinned version what serving needs; its rows: `...:<bucket>` | learner |
-| `fr@1:metrics:<name>` | stream of learning curves, bounded | the process it is named after |
+| `fr@1:metrics:<name>` | stream of learning curves, bounded | the process it is named after; `crowd`, `map`: the API |
 """
 
 from __future__ import annotations
