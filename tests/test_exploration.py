@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from infra.proving import exploration as x
 from models.bandit import POLICIES, Policy, propensities
+from streaming.simulation.informed import Informed
 from streaming.simulation.scorecard import Play
 from streaming.simulation.trial import Trial
 from streaming.simulation.world import Outcome, Rows, World
@@ -54,6 +55,25 @@ class Oracle:
 
     def observe(self, user: int, outcomes: Sequence[Outcome], slate: Rows | None, now: float) -> None:
         pass
+
+
+def test_who_knows_the_items_learns_the_people() -> None:
+    """Tastes inferred from what was looked at come nearer to the true ones, and it earns more than what all like."""
+    world = World(users=20, items=100, seed=5, start=x.START, parameters=x.PRESETS["stationary"].parameters)
+    people, card = Informed(world), x.Ledger([])
+    before = float((world.taste @ people.mean).mean())
+    Play(world, people, slates_per_s=5.0, seconds=60.0, seed=5, card=card).until()
+    inferred = np.array([people.taste(user) for user in range(world.users)])
+    after = float((inferred * world.taste).sum(1).mean())
+    assert after > before + 0.1
+    welcome = np.argsort(-world.welcome(np.arange(100)))[:10]
+    regret = np.mean([entry.oracle - entry.ours for entry in card.entries])
+    assert regret > 0.0
+    assert np.mean([entry.ours for entry in card.entries]) > np.mean(
+        [world.expected_clicks(user, welcome) for user in range(world.users)]
+    )
+    assert x.informed("drifting", 3, SMALL) == x.informed("drifting", 3, SMALL)
+    assert x.informed("abrupt", 3, SMALL) != x.informed("stationary", 3, SMALL)
 
 
 def test_the_best_slates_have_no_regret_and_find_what_is_good() -> None:
@@ -116,6 +136,8 @@ def test_the_report_has_every_figure_and_says_what_was_reached() -> None:
         for policy in policies:
             found = report["regret"][preset][policy]
             assert found["low"] <= found["mean"] <= found["high"]
+    assert set(report["informed"]) == set(presets)
+    assert report["informed"]["drifting"]["low"] <= report["informed"]["drifting"]["mean"]
     assert set(report["discovery"]["drifting"]) == set(policies)
     assert report["discovery"]["stationary"]["greedy"] is None
     assert report["lookup_ms_added"] > -5.0

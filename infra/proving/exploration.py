@@ -3,7 +3,9 @@
 Every policy goes on from a fork of one state: the same people, items and log of a warm-up that epsilon played. Regret
 is expected clicks of the best slate less those of ours, per slate after the warm-up. Retrieval, learning, the share of
 slots for first impressions (greedy has none) and who comes when are the same for all; intervals are t intervals over
-seeds, paired where two policies are compared. Knows nothing of Kafka, Redis, HTTP or terminals.
+seeds, paired where two policies are compared. Beside them stands somebody who knows every item and only has to learn
+what each person likes (`streaming/simulation/informed.py`): hardly any policy can go below that regret. Knows nothing
+of Kafka, Redis, HTTP or terminals.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from models.bandit import POLICIES, SAMPLES, Policy, RewardTable, draw, propensities
-from streaming.simulation.scorecard import Entry, Play, Scorecard
+from streaming.simulation.informed import Informed
+from streaming.simulation.scorecard import Entry, Play, Recommender, Scorecard
 from streaming.simulation.trial import Trial
 from streaming.simulation.world import PARAMETERS, Parameters, Rows, World
 
@@ -105,12 +108,35 @@ class Ran(NamedTuple):
 
 def warmed(preset: str, seed: int, size: Size = SIZE, rewards: RewardTable = ()) -> Play:
     """Return a world played by epsilon until the end of the warm-up."""
-    world = World(users=size.users, items=size.items, seed=seed, start=START, parameters=PRESETS[preset].parameters)
-    people = Trial(world, policy="epsilon", seed=seed, epsilon=EPSILON, rewards=rewards)
+    world = _world(preset, seed, size)
+    return _warm(world, Trial(world, policy="epsilon", seed=seed, epsilon=EPSILON, rewards=rewards), seed, size)
+
+
+def informed(preset: str, seed: int, size: Size = SIZE) -> float:
+    """Return the regret a slate after the warm-up of somebody who knows the items; the warm-up is their own."""
+    world = _world(preset, seed, size)
+    played = _warm(world, Informed(world), seed, size)
+    first = len(played.card.entries)
+    _to_the_end(played, preset, size)
+    return float(np.mean([entry.oracle - entry.ours for entry in played.card.entries[first:]]))
+
+
+def _world(preset: str, seed: int, size: Size) -> World:
+    return World(users=size.users, items=size.items, seed=seed, start=START, parameters=PRESETS[preset].parameters)
+
+
+def _warm(world: World, people: Recommender, seed: int, size: Size) -> Play:
     seconds = size.warmup_s + size.after_s
     played = Play(world, people, slates_per_s=size.slates_per_s, seconds=seconds, seed=seed, card=Ledger([]))
     played.until(START + size.warmup_s)
     return played
+
+
+def _to_the_end(played: Play, preset: str, size: Size) -> None:
+    if PRESETS[preset].breaks:
+        played.until(START + size.warmup_s + 0.5 * size.after_s)
+        played.world.break_off(np.random.default_rng([played.world.seed, 3]))
+    played.until(START + size.warmup_s + size.after_s)
 
 
 def goes_on(played: Play, preset: str, policy: Policy, size: Size = SIZE) -> Ran:
@@ -121,11 +147,7 @@ def goes_on(played: Play, preset: str, policy: Policy, size: Size = SIZE) -> Ran
     assert isinstance(card, Ledger)
     people.policy = policy
     first = len(card.entries)
-    if PRESETS[preset].breaks:
-        forked.until(START + size.warmup_s + 0.5 * size.after_s)
-        world.break_off(np.random.default_rng([world.seed, 3]))
-    end = START + size.warmup_s + size.after_s
-    forked.until(end)
+    _to_the_end(forked, preset, size)
     entries = np.array([(entry.time, entry.ours, entry.oracle) for entry in card.entries[first:]])
     regret, block = entries[:, 2] - entries[:, 1], ((entries[:, 0] - START - size.warmup_s) // size.block_s).astype(int)
     return Ran(
@@ -244,9 +266,11 @@ def measure(
     """Play every policy in every preset with every seed; `advance` is told what is next, once a run."""
     ran: dict[str, dict[str, list[Ran]]] = {preset: {policy: [] for policy in policies} for preset in presets}
     dwelt: list[Ran] = []
+    floor: dict[str, list[float]] = {preset: [] for preset in presets}
     lookups, ps = dict[str, float](), dict[str, float]()
     for seed in seeds:
         for preset in presets:
+            floor[preset].append(informed(preset, seed, size))
             played = warmed(preset, seed, size)
             for policy in policies:
                 advance(f"{preset}, seed {seed}, {policy}")
@@ -257,7 +281,7 @@ def measure(
             if preset == "drifting":
                 advance(f"drifting, seed {seed}, rewarding dwell")
                 dwelt.append(goes_on(warmed(preset, seed, size, DWELL), preset, "thompson", size))
-    return reported(seeds, size, ran, dwelt, lookups, ps)
+    return reported(seeds, size, ran, floor, dwelt, lookups, ps)
 
 
 def runs(seeds: int) -> int:
@@ -266,10 +290,10 @@ def runs(seeds: int) -> int:
 
 
 def reported(
-    seeds: Sequence[int], size: Size, ran: dict[str, dict[str, list[Ran]]], dwelt: list[Ran],
-    lookups: dict[str, float], ps: dict[str, float],
+    seeds: Sequence[int], size: Size, ran: dict[str, dict[str, list[Ran]]], floor: dict[str, list[float]],
+    dwelt: list[Ran], lookups: dict[str, float], ps: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the report of these runs, each list by seed."""
+    """Return the report of these runs, each list by seed; floor: regret of `informed` by preset."""
     regret, discovery, until, share, blocks = {}, {}, {}, {}, {}
     for preset, by_policy in ran.items():
         regret[preset] = {policy: interval([run.regret for run in each]) for policy, each in by_policy.items()}
@@ -285,7 +309,8 @@ def reported(
         until[preset] = {policy: _median(n) for policy, n in found.items()}
     report = {
         "seeds": list(seeds), "size": {name: getattr(size, name) for name in size.__dataclass_fields__},
-        "regret": regret, "clicks": share, "regret_by_block": blocks, "discovery": discovery,
+        "regret": regret, "informed": {preset: interval(each) for preset, each in floor.items()}, "clicks": share,
+        "regret_by_block": blocks, "discovery": discovery,
         "impressions_until_fair_share": until,
         "good_new_items": len([n for run in ran.get("drifting", {}).get("greedy", []) for n in run.found]),
         "compared": _compared(ran), "satisfaction": _satisfaction(ran, dwelt), **lookups,

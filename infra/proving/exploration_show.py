@@ -51,6 +51,7 @@ def show(report: Mapping[str, Any], screen: Console) -> None:
             policy, *(_ends(report["regret"][preset][policy]) for preset in presets),
             "-" if found is None else f"{found:.0%}", "-" if until is None else f"{until:.0f}",
         )  # fmt: skip
+    table.add_row("[dim]knowing the items[/]", *(_ends(report["informed"][preset]) for preset in presets), "-", "-")
     screen.print(table)
     satisfaction = report["satisfaction"]
     if satisfaction:

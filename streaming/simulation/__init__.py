@@ -7,5 +7,6 @@ Files:
     trend      how soon a surge of a topic shows in what is served
     people     its users acting through the public API: the demo
     trial      Freshet in this process as its recommender, under one policy: `freshet bench exploration`
+    informed   a recommender that knows the items but not the people: what hardly anybody can go below
     scorecard  what its slates were worth: ours, popular, oracle, paired
 """
