@@ -84,10 +84,10 @@ export function open(root, { signal }) {
     const asked = latest((f) => f.api?.lookups_s);
     const shed = total((f) => f.api?.shed_s, 60);
     const failed = total((f) => f.api?.errors_s, 60);
-    figures.lookups.set(number(asked), { note: shed === null ? "slates drawn for people" : `${number(shed, 0)} turned away, ${number(failed ?? 0, 0)} failed in a minute`, n: total((f) => f.api?.lookups_s, 60), tone: failed > 0 ? "warn" : "" });
+    figures.lookups.set(number(asked, asked < 10 ? 1 : 0), { note: shed === null ? "slates drawn for people" : `${number(shed, 0)} turned away, ${number(failed ?? 0, 0)} failed in a minute`, n: total((f) => f.api?.lookups_s, 60), tone: failed > 0 ? "warn" : "" });
     figures.lookup.set(ms(latest((f) => f.api?.lookup_p50_ms)), { note: `95 % ${ms(latest((f) => f.api?.lookup_p95_ms))}, 99 % ${ms(latest((f) => f.api?.lookup_p99_ms))} ms`, n: asked });
     const waiting = latest((f) => f.users?.lag);
-    figures.lag.set(number(waiting), { note: `${number(latest((f) => f.users?.duplicates, 900) ?? 0)} duplicates, ${plural(latest((f) => f.users?.dead, 900) ?? 0, "dead letter")} last told`, n: "exact", tone: waiting > 5000 ? "warn" : "" });
+    figures.lag.set(number(waiting), { note: `${plural(total((f) => f.users?.duplicates, SHOWN_S) ?? 0, "duplicate")}, ${plural(total((f) => f.users?.dead, SHOWN_S) ?? 0, "dead letter")} in 5 min`, n: "exact", tone: waiting > 5000 ? "warn" : "" });
     spark(sparks.events, column((f) => f.users?.events, SPARK_S));
     spark(sparks.applied, column((f) => f.users?.applied_p50_ms, SPARK_S));
     spark(sparks.changed, column((f) => f.api?.changed_p50_ms, SPARK_S));

@@ -18,8 +18,8 @@ export function open(root, { signal }) {
   const notice = h("div", {});
   const history = new TimeChart({ title: "Coverage, Gini and entropy", height: 230, max: 1, format: (v) => number(v, 2), series: [{ label: "coverage", color: "s1", def: "coverage" }, { label: "Gini", color: "s2", def: "gini" }, { label: "entropy of topics", color: "s3", def: "entropy" }], empty: "Told once a minute; the first point comes soon." });
   signal.addEventListener("abort", () => history.close());
-  const providers = bars("Exposure by provider", "exposure", { head: ["provider", "served (catalogue)"] });
-  const categories = bars("Exposure by topic", "exposure", { head: ["topic", "served (catalogue)"] });
+  const providers = bars("Exposure by provider", "exposure", { head: ["provider", "served (all)"] });
+  const categories = bars("Exposure by topic", "exposure", { head: ["topic", "served (all)"] });
   const channels = bars("Slots by channel", "channel_share", { head: ["channel", "share of slots"] });
   const places = [["providers", providers, "No item names a provider."], ["categories", categories, "No item names a category."], ["channels", channels, "No slates yet."]].map(([name, list, none]) => ({ name, list, none: empty("Nothing to show.", none) }));
   const put = (name) => { const place = places.find((one) => one.name === name); return [place.none, place.list]; };

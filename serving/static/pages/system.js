@@ -64,7 +64,7 @@ export function open(root, { signal }) {
 
   poll("/-/topics", TOPICS_S, signal, ({ topics: rows }) => {
     const row = (one) => h("tr", {}, h("th", { scope: "row" }, one.topic), h("td", { class: "num" }, number(one.partitions), one.partitions === one.expected ? "" : h("span", { class: "chip bad" }, `expected ${one.expected}`)),
-      h("td", { class: "num" }, number(one.end_offsets.reduce((sum, n) => sum + n, 0))), h("td", { class: "offsets mono" }, one.end_offsets.map((n) => number(n)).join(" · ")), h("td", { class: "small soft" }, Object.entries(one.config).map(([name, value]) => `${name}=${value}`).join(", ")));
+      h("td", { class: "num" }, number(one.end_offsets.reduce((sum, n) => sum + n, 0))), h("td", { class: "offsets mono" }, one.end_offsets.map((n) => number(n)).join(" · ")), h("td", { class: "small soft configuration" }, Object.entries(one.config).map(([name, value]) => `${name}=${value}`).join(", ")));
     const head = h("tr", {}, h("th", { scope: "col" }, "topic"), column("partitions", { numeric: true }), column("records", { numeric: true }), column("end_offsets"), h("th", { scope: "col" }, "configuration"));
     refill(topics, h("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Topics" }, h("table", {}, h("thead", {}, head), h("tbody", {}, rows.map(row)))));
   }, (error) => topics.replaceChildren(trouble(error)));
