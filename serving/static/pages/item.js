@@ -10,7 +10,7 @@ import { hue } from "../theme.js";
 
 export const title = "Item";
 export const lead = "What is believed of one item, how popular it is at each half-life, what is like it and through which channels people meet it.";
-export const json = ["/-/search?q=", "/v1/popular"];
+export const json = ["/-/search?q=a", "/v1/popular"];
 
 const EVERY_S = 2;
 const HEIGHT = 150;

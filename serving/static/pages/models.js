@@ -40,7 +40,7 @@ export function open(root, { signal }) {
   async function act(verb, version) {
     const told = await post(`/-/models/${verb}`, version === undefined ? {} : { version });
     again();
-    return `Done: recorded at offset ${told.offset ?? "?"} of the log; the learner follows at the end of its next step.`;
+    return told.done ? `Done: the learner obeyed (offset ${told.offset} of the log).` : `Recorded at offset ${told.offset} of the log; the learner follows at the end of its next step.`;
   }
 
   const again = poll("/-/models", EVERY_S, signal, (told) => {

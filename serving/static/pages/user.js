@@ -9,7 +9,7 @@ import { ago, number, percent, signed, span, words } from "../format.js";
 
 export const title = "User";
 export const lead = "Where one person stands among the items, what is remembered of them and fades, and what the next slate would be.";
-export const json = ["/-/search?q=", "/-/map"];
+export const json = ["/-/search?q=a", "/-/map"];
 
 const USER_S = 0.4;
 const SLATE_S = 3;
