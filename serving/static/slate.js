@@ -37,6 +37,17 @@ function random(length) {
   return [...crypto.getRandomValues(new Uint8Array(length))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
+// Tell an event; where the server has too much to do it is told again, with the same id, and counts once.
+async function tell(event, tries = 3) {
+  try {
+    return await post("/v1/events", [event]);
+  } catch (error) {
+    if (tries <= 1 || (error.status !== 429 && error.status !== 503)) throw error;
+    await new Promise((done) => setTimeout(done, 1000));
+    return tell(event, tries - 1);
+  }
+}
+
 const painted = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
 
 export class Slate {
@@ -130,7 +141,7 @@ export class Slate {
   async send(item, rest, began) {
     const start = Math.max(began, this.finished ?? 0); // a click that waited for the one before is not that much slower
     try {
-      const { token } = await post("/v1/events", [this.event(item, rest)]);
+      const { token } = await tell(this.event(item, rest));
       const accepted = performance.now();
       const slate = await this.fetchSlate(token);
       const before = [...this.shown.keys()];
