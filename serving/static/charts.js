@@ -103,7 +103,7 @@ export class TimeChart {
       return [bottom, top > bottom ? top : bottom + 1];
     };
     this.plot = new uPlot({
-      width, height, padding: [8, 6, 0, 0], legend: { show: false },
+      width, height, padding: [8, 18, 0, 0], legend: { show: false },
       cursor: { drag: { x: false, y: false }, y: false, points: { size: 6 }, sync: sync ? { key: sync, setSeries: false, scales: ["x", null] } : undefined },
       scales: { x: { time: true, range: (_, low, high) => [Math.min(low, high - MIN_SPAN_S), high] }, y: { distr: this.log ? 3 : 1, range } },
       axes: [
