@@ -46,6 +46,7 @@ export class Atlas {
   user({ hour, month, entries }) {
     const from = { hour: this.hour, month: this.month };
     this.entries = entries;
+    this.root.dataset.user = hour ? `${hour.x} ${hour.y}` : ""; // where the point is, for who cannot read a canvas
     const still = (old, now) => old === now || (old && now && !moved(old, now));
     const moved = (old, now) => old && now && Math.hypot(old.x - now.x, old.y - now.y) > 1e-6;
     if (hour && (!this.hour || moved(this.hour, hour))) this.trail = [...this.trail, { x: hour.x, y: hour.y }].slice(-TRAIL);
