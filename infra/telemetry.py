@@ -96,6 +96,11 @@ IMPRESSIONS = Series(
 DEAD_LETTERS = Series(
     "freshet_dead_letters", "gauge", "Records in the topic dead-letters: letters and the marks of replays."
 )  # fmt: skip
+LETTERS = Series(
+    "freshet_letters_total", "counter",
+    "Dead letters that came, by the topic they are of and why: invalid, raised, profile, lost.",
+    ("topic", "why"), of="deployment",
+)  # fmt: skip
 EVENT_SKEW = Series(
     "freshet_event_skew_seconds", "histogram", "Time of acceptance less an event's own ts: a producer's clock.", (),
     (-300.0, -60.0, -10.0, -1.0, 0.0, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0, 604800.0),

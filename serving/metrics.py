@@ -37,6 +37,7 @@ from infra.telemetry import (
     FRESH,
     GRADIENT_NORM,
     HELD,
+    IMPRESSIONS,
     ITEMS,
     KEPT,
     KEPT_BOUND,
@@ -44,6 +45,7 @@ from infra.telemetry import (
     LEARNER_LAG,
     LEARNING_RATE,
     LEARNT,
+    LETTERS,
     LOOP_DELAY,
     LOSS,
     MODEL_REFUSED,
@@ -55,9 +57,13 @@ from infra.telemetry import (
     REACHABLE,
     READY,
     REDIS_BYTES,
+    REQUESTS_SHED,
     SNAPSHOT_POSITION,
+    SNAPSHOT_RELOADS,
     SNAPSHOT_ROWS,
+    TOKEN_WAITS,
     TOLD_AGE,
+    UNREADABLE,
     VECTOR_DRIFT,
     WORLD,
     Series,
@@ -67,13 +73,18 @@ from infra.telemetry import (
 from models.bandit import FIRST
 from serving.introspect import buffers, not_ready
 from serving.parts import Parts
+from streaming.dead_letters import newest
 from streaming.state import StoreError, StoreUnavailable
+from streaming.topics import LogError
 
 PAGE: Final = 100
 """Points of a curve read at a stretch: lookups go in between."""
 GONE_S: Final = 900.0
 """A worker that told nothing for so long, while others do, was scaled away and is no longer named, s."""
 TICK_S: Final = 0.25
+LETTERS_S: Final = 5.0
+LETTERS_MOST: Final = 500
+"""Records read at one scrape; of more only the newest are counted by reason."""
 CURVES: Final = ("users", "items", "learner", "world")
 AWAY: Final = (StoreError, *StoreUnavailable)
 
@@ -121,6 +132,13 @@ LATEST: Final[dict[str, dict[str, tuple[Series, Labels]]]] = {
 }
 """By curve and name: what the newest point says."""
 BUFFERS: Final = ("queued", "rows_to_commit", "rows_to_feed", "window")
+FROM_ZERO: Final[tuple[tuple[Series, str, tuple[str, ...]], ...]] = (
+    (IMPRESSIONS, "status", ("appended", "dropped", "failed")),
+    (REQUESTS_SHED, "reason", ("appending", "bodies", "delay", "lag", "lists")),
+    (SNAPSHOT_RELOADS, "feed", ("all",)),
+    (TOKEN_WAITS, "applied", ("true", "false")),
+)
+"""Counters of this process that are told as 0 before they count: the first of a kind would else be no increase."""
 FOLDS: Final = {"users": "user", "items": "item"}
 
 
@@ -131,6 +149,7 @@ class Exposition:
         self._last: dict[str, str] = {}
         self._told: dict[str, float] = {}
         self._turn = asyncio.Lock()
+        self._letters: int | None = None
 
     async def answer(self, parts: Parts, request: Request) -> Response:
         """GET /metrics: Prometheus text."""
@@ -143,6 +162,7 @@ class Exposition:
                 await _set_lag(parts)
                 for curve in CURVES:
                     await self._read(parts, curve)
+            await self._count_letters(parts)
             self._set_ages(parts)
             return Response(parts.telemetry.exposition(), media_type=CONTENT_TYPE)
 
@@ -184,6 +204,24 @@ class Exposition:
             if name in fields:
                 telemetry.set(HELD, float(fields[name]), process=process, buffer=name)
 
+    async def _count_letters(self, parts: Parts) -> None:
+        """Read the dead letters that came since the last scrape, if any did, and count them by their reason."""
+        end, before = parts.dead_letters, self._letters
+        if end is None or end == before:
+            return
+        if before is not None and end > before:
+            try:
+                async with asyncio.timeout(LETTERS_S):
+                    found, now = await newest(parts.settings, min(end - before, LETTERS_MOST))
+                    if now > end:  # more came since Kafka was asked: these would push the first ones out
+                        found, now = await newest(parts.settings, min(now - before, LETTERS_MOST))
+                    end = now
+            except (TimeoutError, OSError, RuntimeError, LogError):
+                return  # the next scrape tries again
+            for letter in found:
+                parts.telemetry.count(LETTERS, topic=parts.topics.inlet_of(letter.topic), why=letter.why)
+        self._letters = end
+
     def _set_ages(self, parts: Parts) -> None:
         now = parts.clock()
         newest = max((at for name, at in self._told.items() if name.startswith("users")), default=0.0)
@@ -218,6 +256,10 @@ def _set_own(parts: Parts) -> None:
     telemetry.set(REACHABLE, snapshot.connected, server="redis")
     telemetry.set(REACHABLE, not parts.log_problem, server="kafka")
     telemetry.count(DEGRADED_SECONDS, 0)
+    telemetry.count(UNREADABLE, 0)
+    for series, label, values in FROM_ZERO:
+        for value in values:
+            telemetry.count(series, 0, **{label: value})
     telemetry.set(SNAPSHOT_POSITION, snapshot.live.items_position, feed="items")
     telemetry.set(SNAPSHOT_POSITION, snapshot.live.model_position, feed="model")
     telemetry.set(SNAPSHOT_ROWS, snapshot.live.items.rows.known, feed="items")

@@ -78,6 +78,14 @@ class Letter(msgspec.Struct):
         """`topic:partition:offset`, what `dead-letters show` takes."""
         return f"{self.topic}:{self.partition}:{self.offset}"
 
+    @property
+    def why(self) -> str:
+        """The class of its reason: invalid (no event), raised (by a fold), profile (damaged), lost (never read)."""
+        for begins, name in (("its fold ", "raised"), ("learning it raised", "raised"), ("the stored prof", "profile")):
+            if self.reason.startswith(begins):
+                return name
+        return "lost" if "were deleted by retention" in self.reason else "invalid"
+
     def text(self) -> str:
         """Return the original as a person can read it: text, or hex where it is none."""
         try:

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from infra.cli import app
 from infra.settings import Settings
+from models.examples import CodecError
 from models.profile import Moved, Profiles
-from streaming.agents import InletAgent
+from streaming.agents import InletAgent, poison_reason
 from streaming.consumer import TP
 from streaming.dead_letters import DeadLetters, Letter, letters
 from streaming.events import decode, encode, merge
@@ -94,3 +95,16 @@ def test_the_verbs_list_and_show(
     assert "a reason to act on" in shown.output
     missing = run(app, ["dead-letters", "show", "x:0:1", "--data", str(tmp_path)])
     assert missing.exit_code == 1
+
+
+def test_a_letter_knows_the_class_of_its_reason() -> None:
+    reasons = {
+        "$.user_id: expected `str`, got 1": "invalid",
+        poison_reason("ann", ValueError("no")): "raised",
+        poison_reason("ann", CodecError("short")): "profile",
+        "its fold into items raised 3 times: x": "raised",
+        "learning it raised 3 times: x": "raised",
+        "12 records, up to offset 11, were deleted by retention before a worker read them": "lost",
+    }
+    for reason, why in reasons.items():
+        assert Letter("fr.clicks", 0, 1, reason, b"", 0.0).why == why

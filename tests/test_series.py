@@ -24,13 +24,10 @@ from streaming.topics import Log, Topics
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 Samples = dict[str, dict[frozenset[tuple[str, str]], float]]
-# What only a fault brings about, and the test that brings it about.
-ONLY_WHEN_BROKEN = {
-    telemetry.SNAPSHOT_RELOADS: "a feed with a hole: tests/test_snapshot.py",
-    telemetry.REQUESTS_SHED: "more than the folds can keep up with: tests/test_overload.py",
-    telemetry.UNREADABLE: "damaged profile bytes: tests/test_overload.py",
-    telemetry.WORLD: "no fault, but simulated people: the last test here",
-}
+# What this traffic does not bring about, and what does.
+BESIDES = {telemetry.WORLD: "simulated people: the next test"}
+
+
 def samples(text: str) -> Samples:
     """Name -> labels -> value; buckets without their edge."""
     found: Samples = {}
@@ -108,7 +105,7 @@ async def until(client: httpx.AsyncClient, done: Any, seconds: float = 150.0) ->
 async def test_every_series_comes_out_of_a_running_stack(client: httpx.AsyncClient, stack: Stack) -> None:
     await scraped(client)  # from here on what the others tell is counted
     await traffic(client, stack)
-    wanted = {series for series in SERIES if series not in ONLY_WHEN_BROKEN}
+    wanted = {series for series in SERIES if series not in BESIDES}
 
     def missing(found: Samples) -> set[str]:
         names = {series.name + "_count" * (series.kind == "histogram") for series in wanted}
@@ -127,6 +124,7 @@ async def test_every_series_comes_out_of_a_running_stack(client: httpx.AsyncClie
     assert of(found, telemetry.FOLDED, type="click") == 37
     assert of(found, telemetry.APPLIED, fold="user") == of(found, telemetry.APPLIED_SECONDS, fold="user")
     assert of(found, telemetry.NOT_APPLIED, why="duplicate") == 1
+    assert of(found, telemetry.LETTERS, topic="clicks", why="invalid") == 1
     assert (of(found, telemetry.LEARNT, what="events") or 0) > 0
     assert of(found, telemetry.READY) == of(found, telemetry.REACHABLE, server="kafka") == 1
     behind = [of(found, telemetry.LAG, fold=fold, partition=p) for fold in ("user", "item") for p in ("0", "1")]
@@ -172,13 +170,11 @@ def test_the_terminal_shows_the_same_stack(stack: Stack) -> None:
 
 def test_a_watched_status_is_an_object_a_line_where_there_is_no_terminal(stack: Stack) -> None:
     words = ["status", "--watch", "--json", "--interval", "0.5", "--data", str(stack.data)]
-    watching = subprocess.Popen([sys.executable, "-P", "-m", "infra.cli", *words], stdout=subprocess.PIPE, text=True)
-    try:
+    command = [sys.executable, "-P", "-m", "infra.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout is not None
         told = [json.loads(watching.stdout.readline()) for _ in range(4)]
-    finally:
         watching.terminate()
-        watching.wait(10)
     assert told[-1]["problem"] is None
     assert told[-1]["figures"]["users"]["lag"] == 0
     assert told[-1]["processes"]["learner"]["rss_mb"] > 1
