@@ -284,6 +284,9 @@ async def publish(api: str, sent: Counter[str], stop: asyncio.Event) -> None:
                 for i in range(k, k + 20)
             ]
             answer = await client.post("/v1/events", json=chunk)
+            if answer.status_code in (429, 503):  # a busy machine: what is sent again has the same event ids
+                await asyncio.sleep(float(answer.headers["retry-after"]))
+                continue
             assert answer.status_code == 202, answer.text
             sent.update(str(event["user_id"]) for event in chunk)
             await asyncio.sleep(0.05)

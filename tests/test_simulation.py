@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from streaming.simulation.people import item_id, rows_of
 from streaming.simulation.scorecard import Scorecard, play
 from streaming.simulation.world import Outcome, Rows, World, visits
 
@@ -54,6 +55,16 @@ def test_the_oracle_leaves_out_what_is_excluded() -> None:
     again = world.oracle(0, 10, frozenset(first[:3].tolist()))
     assert not set(first[:3].tolist()) & set(again.tolist())
     assert first[3:].tolist() == again[:7].tolist()
+
+
+def test_items_that_a_stack_holds_of_another_world_are_left_out() -> None:
+    """A fresh world on a used stack: what it does not know yet has no attraction, and is none of its rows."""
+    world = make(items=50)
+    ids = [item_id(3), item_id(world.live), item_id(len(world.texts) + 1000), "item-\u00b2", "book-1", item_id(0)]
+    rows = rows_of([{"item_id": name} for name in ids], world.live)
+    assert rows.tolist() == [3, 0]
+    assert world.attraction(1, rows).shape == (2,)
+    assert rows_of([], world.live).dtype == np.int64
 
 
 def test_expected_clicks_agree_with_what_people_do() -> None:

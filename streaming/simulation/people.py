@@ -51,7 +51,7 @@ def item_id(row: int) -> str:
 def row_of(identifier: str) -> int | None:
     """The row of an item id; None for an item that is not of this world."""
     number = identifier.removeprefix("item-")
-    return int(number) if number.isdigit() and item_id(int(number)) == identifier else None
+    return int(number) if number.isdecimal() and item_id(int(number)) == identifier else None
 
 
 def catalogue_entry(world: World, row: int) -> dict[str, Any]:
@@ -306,9 +306,9 @@ class Simulation:
         self._waits.append((self._clock(), time.perf_counter() - began))
         popular = await self._api.get("/v1/popular", n=str(N), user_id=user_id(user))
         self.world.advance(self._clock())
-        ours = rows_of(answer["items"])
+        ours, theirs = (rows_of(told["items"], self.world.live) for told in (answer, popular))
         best, topics = self.world.oracle(user, N), self.world.topic_of
-        self.card.add(self.world, user, ours, rows_of(popular["items"]), N, best=best)
+        self.card.add(self.world, user, ours, theirs, N, best=best)
         self.trend.add(self.world.now, user, topics[ours], topics[best])
         self._firsts(answer["model_step"])
         return await self._send(user, self.world.react(user, ours, rng), answer["slate_id"])
@@ -410,9 +410,13 @@ class Simulation:
         return points
 
 
-def rows_of(items: Sequence[dict[str, Any]]) -> Rows:
-    """The world's rows of an answer's items, in order; items of another world are left out."""
-    return np.array([row for item in items if (row := row_of(item["item_id"])) is not None], np.int64)
+def rows_of(items: Sequence[dict[str, Any]], live: int) -> Rows:
+    """The rows of an answer's items in a world where `live` items are out, in order; those of another are left out.
+
+    A stack that other people used before may hold more items than this world, under the same ids.
+    """
+    found = (row_of(item["item_id"]) for item in items)
+    return np.array([row for row in found if row is not None and row < live], np.int64)
 
 
 def _plain(value: float) -> float | None:
