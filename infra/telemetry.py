@@ -185,8 +185,9 @@ LOSS = Series(
     "Prequential mean loss of the last step, each event before it is learnt: encoder, ranker, click (log loss).",
     ("part",), of="deployment",
 )  # fmt: skip
-CLICKS = Series(
-    "freshet_click_probability", "gauge", "Of what was shown before the last step: mean predicted, share chosen.",
+CALIBRATION = Series(
+    "freshet_calibration_total", "counter",
+    "Items of slates that were judged: how many were shown, the clicks predicted of them, how many were chosen.",
     ("what",), of="deployment",
 )  # fmt: skip
 DRIFT_ALARMS = Series(

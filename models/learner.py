@@ -64,7 +64,8 @@ class Learned:
     """What one micro-batch did: events learnt, outcomes joined to a slate, lists the ranker learnt, losses, alarms.
 
     rated: ratings; rating_error: the sum of their squared errors before each was learnt, of values from -1 to 1.
-    calibrated: of each slate that the calibration learnt, (probabilities before f64[k], what was chosen f64[k]).
+    calibrated: of each slate that the calibration learnt, (probabilities before f64[k], what was chosen f64[k]): at its
+    first outcome that one alone; chosen_since: what was chosen later of slates that it learnt before.
     sums: by policy the slates that came, hits (a slate of which something shown was chosen, once), their NDCG, that is
     1 / log2(place + 2), and rewards, as `slates_<policy>`, `hits_`, `ndcg_`, `reward_`; alarms as `alarm_<watch>`.
     """
@@ -78,6 +79,7 @@ class Learned:
     rating_error: float = 0.0
     alarms: int = 0
     calibrated: list[tuple[F64, F64]] = field(default_factory=list)
+    chosen_since: int = 0
     sums: Sums = field(default_factory=Sums)
 
 
@@ -128,9 +130,10 @@ class Learner:
         for reward in joined.rewards:
             self._reward(reward)
             out.sums.put(f"reward_{_policy(reward.held)}", reward.earned)
-        for slate, target, place, first in joined.pairs:
+        for slate, target, place, first, again in joined.pairs:
             out.joined += 1
-            self._calibrate(slate, target, first, out)
+            if not again:  # a dwell after other clicks comes as an outcome of its own: that was chosen once
+                self._calibrate(slate, target, first, out)
             self._rank(slate, target, place, out)
         judged, entering = _roles(entries.kind, entries.flags, entries.target)
         if len(judged) and entries.version > 1:  # before that an entry does not say how its user rates
@@ -250,6 +253,7 @@ class Learner:
             out.calibrated.append((before, chosen[: len(before)]))
         elif (shown.items == items).any():
             model.calibration.correct(float(scores[0]))
+            out.chosen_since += 1
 
     def _rank(self, held: Held, target: int, place: int, out: Learned) -> None:
         """One listwise step; without logged candidates, against what was viewed or stands above one below a choice."""

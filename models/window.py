@@ -58,12 +58,16 @@ class Held:
 
 
 class Joined(NamedTuple):
-    """An outcome and its slate: the target stands at `place` of the candidates; first: no outcome joined it before."""
+    """An outcome and its slate: the target stands at `place` of the candidates.
+
+    first: no outcome joined the slate before; again: one of this target did.
+    """
 
     held: Held
     target: int
     place: int
     first: bool
+    again: bool
 
 
 class Reward(NamedTuple):
@@ -120,8 +124,8 @@ class Window(OrderedDict[int, Held]):
                 if kind == VIEW:
                     held.viewed.add(target)
                 elif enters:
+                    out.pairs.append(Joined(held, target, place, not held.settled, target in held.chosen))
                     held.chosen.add(target)
-                    out.pairs.append(Joined(held, target, place, not held.settled))
                     held.settled = True
                     if shown_at >= 0 and not held.hit:
                         held.hit = True

@@ -9,13 +9,14 @@ from models.bandit.last_layer import RIDGE
 from models.decay import RATES
 from models.encoder import RATE, SQUARE
 from models.examples import DWELL, ENTERS, IMPRESSION, SHOWN, VIEW, VOICE, Entries, Shown
+from models.factors import mix64
 from models.features import F
-from models.learner import Learned, Learner, Sums
+from models.learner import CALIBRATED, Learned, Learner, Sums
 from models.motion import Motion
 from models.ranker import Ranker
 from models.rows import LEARNT, Rows
 from models.window import WINDOW_S, Origin
-from streaming.training.process import told_sums
+from streaming.training.process import judged, told_sums
 from tests.entries import KEYS, Walk, cuts, entry, shown
 from tests.learner_checks import CHECKS, EXEMPT, SUBJECTS, Subject
 
@@ -167,6 +168,22 @@ def test_slates_hits_and_rewards_are_told_by_policy_each_hit_once() -> None:
     foreign.extra = [payload.to_bytes()]
     assert learner.learn(foreign).sums == {"slates_other": 1.0}
     assert Sums({"a": 1.0, "b": 2.0}) + Sums({"a": 0.5, "c": -3.0}) == {"a": 1.5, "b": 2.0, "c": -3.0}
+
+
+def test_predicted_and_chosen_are_of_the_same_items() -> None:
+    """What is chosen later of a judged slate counts as chosen, each item once, however often it is told."""
+    slate = next(n for n in range(1, 1000) if float(mix64(np.uint64(n))) < CALIBRATED * 2.0**64)
+    learner, items = Learner(rows=Rows()), [10, 11, 12, 13]
+    learner.learn(impression(slate, items, [*items, 14], 1e9))
+    told = [judged(learner.learn(outcome(item, 1e9 + k, slate))) for k, item in enumerate((11, 11, 13, 11, 14))]
+    first, again, later, once_more, unseen = told
+    assert (first["shown"], first["shown_chosen"], later["shown"], later["shown_chosen"]) == (4, 1, 0, 1)
+    assert again == once_more == unseen == {}
+    assert 0.0 < first["shown_predicted"] < 4.0
+    assert first["click_loss"] > 0.0
+    assert "click_loss" not in later
+    assert learner.model.calibration.numbers[0] == 1.0
+    assert judged(Learned()) == {}
 
 
 def test_what_a_step_tells_of_all_policies_is_the_sum_of_each() -> None:

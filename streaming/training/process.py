@@ -278,7 +278,7 @@ class Steps:
                     "t": round(time.time(), 3), "step": record.step, "events": done.entered, "joined": done.joined,
                     "lists": done.lists, "encoder_loss": round(done.encoder_loss / max(done.entered, 1), 4),
                     "ranker_loss": round(done.ranker_loss / max(done.lists, 1), 4), "alarms": done.alarms,
-                    **_calibration(done), "next": record.next,
+                    **judged(done), "next": record.next,
                     "window": len(trainer.learner.window), "learnt_items": trainer.learner.rows.known,
                     "gone": record.gone, "rss_mb": resident_mb(), "refused": trainer.refused,
                     **told_sums(done.sums), **trainer.moved,
@@ -296,15 +296,21 @@ def told_sums(sums: Sums) -> dict[str, float]:
     return {name: round(amount, 5) for name, amount in (total | sums).items()}
 
 
-def _calibration(done: Learned) -> dict[str, float]:
-    """Return the mean probability of what was shown, the share chosen of it, and the log loss, since the last step."""
-    if not done.calibrated:
+def judged(done: Learned) -> dict[str, float]:
+    """Return how many shown items were judged since the last step, the clicks predicted of them, those that came.
+
+    Those that came later, of slates judged before, are among them: the probability is that of being chosen at all.
+    click_loss: the mean log loss, of what a slate's first outcome says.
+    """
+    if not done.calibrated and not done.chosen_since:
         return {}
-    figures = calibration(done.calibrated, bins=1)
-    return {
-        "click_probability": round(figures["bins"][0]["predicted"], 5),
-        "click_share": round(figures["chosen_share"], 5), "click_loss": round(figures["log_loss"], 5),
+    figures = calibration(done.calibrated)
+    chosen = sum(float(chosen.sum()) for _, chosen in done.calibrated) + done.chosen_since
+    told = {
+        "shown": figures["shown"], "shown_chosen": chosen,
+        "shown_predicted": round(sum(float(before.sum()) for before, _ in done.calibrated), 5),
     }  # fmt: skip
+    return told | ({"click_loss": round(figures["log_loss"], 5)} if figures["shown"] else {})
 
 
 async def _metrics(client: Any, keys: Any, fields: dict[str, Any]) -> None:
