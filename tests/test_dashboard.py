@@ -126,6 +126,16 @@ def test_slots_slates_and_users_are_bounded_and_the_oldest_leave() -> None:
     assert "v0" not in recent.users
 
 
+def test_slots_are_counted_by_item() -> None:
+    recent = Recent()
+    for turn in range(3):
+        recent.add(slate_of(f"s{turn}", [7, turn]), "u", NOW + turn, {}, degraded=False)
+    window = recent.window(NOW + 3)
+    assert window.counts(np.array([9, 7, 1, 0], np.uint64)).tolist() == [0, 3, 1, 1]
+    assert window.counts(np.zeros(0, np.uint64)).tolist() == []
+    assert Recent().window(NOW).counts(np.array([7], np.uint64)).tolist() == [0]
+
+
 def test_slots_older_than_the_window_do_not_count() -> None:
     recent = Recent(slots=64)
     recent.add(slate_of("old", [1, 2]), "u", NOW - 2_000, {}, degraded=False)
@@ -308,6 +318,7 @@ async def test_arms_are_told_as_the_policy_sees_them(shop: tuple[httpx.AsyncClie
     assert not first["still_exploring"]
     assert len(told["arms"]) == 3
     assert [(arm["item_id"], arm["to_go"]) for arm in told["newcomers"]] == [("i29", 23)]
+    assert told["newcomers_total"] == 1
     assert (await client.get("/-/bandits?sort=mean")).json()["arms"][0]["item_id"] == "i4"
     assert (await client.get("/-/bandits?sort=unsure")).json()["arms"][-1]["item_id"] == "i4"
     risen = (await client.get("/-/bandits?sort=rising")).json()["arms"]

@@ -68,7 +68,7 @@ async def request(
     bare, _, query = path.partition("?")
     sent: asyncio.Queue[Any] = asyncio.Queue()
     gone = asyncio.Event()
-    told = [(k.encode(), v.encode()) for k, v in (headers or {}).items()]
+    told = [(k.encode(), v.encode("latin-1")) for k, v in (headers or {}).items()]
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
         "path": bare, "raw_path": bare.encode(), "query_string": query.encode(), "headers": told, "root_path": "",
@@ -226,6 +226,9 @@ async def test_viewers_are_bounded_and_the_last_one_stops_the_reading() -> None:
         assert live.viewers == 1
     assert live.viewers == 0
     assert live._task is None
+    async with request(app, "/-/live", {"last-event-id": "\u00b2"}) as messages:  # a digit, and no number
+        assert await frames(messages, 1)
+    assert live.viewers == 0
 
 
 async def test_without_redis_the_stream_goes_on_and_says_degraded() -> None:
@@ -295,6 +298,8 @@ async def test_what_broke_is_told_once_and_to_a_new_viewer_all_of_it() -> None:
     for at in range(200):
         news.tell(f"line {at}")
     assert len(news.last()) == 50
+    logger.warning("%d of %s", "one")
+    assert news.last()[-1]["what"] == "API: %d of %s", "who logs meets no error, whatever the arguments"
 
 
 async def test_from_an_accepted_event_to_the_first_lookup_that_asked_for_it() -> None:

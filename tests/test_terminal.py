@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,23 @@ def test_a_stream_goes_on_after_the_last_frame(tmp_path: Path) -> None:
     for line in ("retry: 1000", "", "id: 41", "data: " + json.dumps({**FRAME, "t": 41}), ""):
         frames.read(line)
     assert (frames.second, frames.last, frames.parts["users"]["lag"]) == (41, "41", 7)
+
+
+def test_a_stream_that_breaks_off_in_the_middle_is_taken_up_again(tmp_path: Path) -> None:
+    """An API that is killed leaves half a chunk; the next one goes on."""
+    whole = b"id: 7\ndata: " + json.dumps({**FRAME, "t": 7}).encode() + b"\n\n"
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10.0)
+        frames = Frames(Api(Settings.load(tmp_path, env={}, port=server.getsockname()[1])))
+        frames.start()
+        for said in (b"10\r\nid: 6\nda", b"%x\r\n%b\r\n" % (len(whole), whole)):
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(head + said)
+        assert frames.new.wait(10.0)
+    assert frames.parts["users"]["lag"] == 7
 
 
 def test_rates_of_stages_are_those_between_two_looks() -> None:

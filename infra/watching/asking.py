@@ -5,6 +5,7 @@ Knows nothing about what the answers mean.
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import threading
@@ -19,6 +20,8 @@ from infra.settings import Settings, read_stack
 
 TIMEOUT_S: Final = 5.0
 NEWS: Final = 50
+AWAY: Final = (OSError, ValueError, http.client.HTTPException)
+"""No answer (URLError is an OSError), one that is no JSON, or one that broke off in the middle."""
 
 
 class Api:
@@ -40,7 +43,7 @@ class Api:
         try:
             with self.open(path) as answer:
                 return json.loads(answer.read() or b"{}")
-        except (OSError, ValueError):  # URLError is an OSError; a body that is no JSON tells nothing
+        except AWAY:
             return None
 
     def why_not(self) -> str:
@@ -51,7 +54,7 @@ class Api:
             if error.code in (401, 403):
                 return f"the API at {self.address} wants a key of scope admin: set FRESHET_ADMIN_KEY."
             return f"the API at {self.address} answers {error.code}; its log says why."
-        except OSError:
+        except AWAY:
             pass
         return (
             f"the API at {self.address} gives no answer. Start the stack with `freshet up`, or name its folder:"
@@ -65,7 +68,7 @@ class Api:
         try:
             with self.open("/metrics") as answer:
                 text = answer.read().decode()
-        except (OSError, ValueError):
+        except AWAY:
             return {}
         found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
         for family in text_string_to_metric_families(text):
@@ -98,7 +101,7 @@ class Frames(threading.Thread):
                     for line in stream:
                         self.read(line.decode().rstrip())
                 self.problem = "the stream of figures ended"
-            except (OSError, ValueError) as error:
+            except AWAY as error:
                 self.problem = str(error) or type(error).__name__
             time.sleep(1.0)
 

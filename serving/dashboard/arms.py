@@ -50,8 +50,8 @@ async def bandits(parts: Parts, request: Request) -> Response:
     order = np.argsort(-rise, kind="stable")[: query.limit]
     picked = rows[order] if len(rise) else sorted_arms(live, rows, query.sort)[: query.limit]
     new = rows[live.items.shown[rows] < FIRST]
-    new = new[np.lexsort((rows_of_birth(live, new),))[::-1][:NEWCOMERS]]
-    arms, newcomers = _arms(live, picked, window), _arms(live, new, window)
+    newest = new[np.lexsort((rows_of_birth(live, new),))[::-1][:NEWCOMERS]]
+    arms, newcomers = _arms(live, picked, window), _arms(live, newest, window)
     for arm, factor in zip(arms, rise[order].tolist(), strict=False):
         arm["rising"] = round(factor, 2)
     for arm in newcomers:
@@ -65,7 +65,7 @@ async def bandits(parts: Parts, request: Request) -> Response:
                 "share": round(float(window.explored.mean()), 5) if slots else None, "slots": slots,
                 "window_s": round(window.seconds, 1),
             },
-            "arms": arms, "newcomers": newcomers,
+            "arms": arms, "newcomers": newcomers, "newcomers_total": len(new),
         }
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def _arms(live: Live, rows: I64, window: Slots) -> list[dict[str, Any]]:
     odds, unsure = np.empty(len(rows)), np.empty(len(rows))
     log_odds(alpha, beta, odds, unsure)
     low, high = (1.0 / (1.0 + np.exp(-(odds + side * SURE * unsure))) for side in (-1.0, 1.0))
-    total = max(len(window.items), 1)
+    total, slots = max(len(window.items), 1), window.counts(keys)
     return [
         {
             **named(live, row), "shown": int(items.shown[row]), "exposures": round(float(items.sums[row, 0]), 2),
@@ -121,7 +121,7 @@ def _arms(live: Live, rows: I64, window: Slots) -> list[dict[str, Any]]:
             "low": round(float(low[k]), 5), "high": round(float(high[k]), 5),
             "still_exploring": bool(items.shown[row] < FIRST),
             "first_time": float(items.first[row]) if np.isfinite(items.first[row]) else None,
-            "share": round(int((window.items == keys[k]).sum()) / total, 5),
+            "share": round(int(slots[k]) / total, 5),
         }
         for k, row in enumerate(rows.tolist())
     ]  # fmt: skip

@@ -93,7 +93,7 @@ async def post_replay(parts: Parts, request: Request) -> Response:
     async with _turn:
         try:
             done = await replay(parts.settings, names=None if asked.all else set(asked.ids))
-        except (TimeoutError, OSError, LogError) as error:
+        except (TimeoutError, OSError, RuntimeError, LogError) as error:
             raise _away(error) from error
     return json_response(ReplayAnswer(len(done.appended), refused_of(done, asked.ids)))
 

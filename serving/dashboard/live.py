@@ -39,7 +39,7 @@ HELD: Final = ("lag", "queued", "rss_mb")
 COUNTED: Final = {
     "users": ("events", "duplicates", "dead", "poisoned", "erased", "dedupe_overflow"),
     "items": ("events", "duplicates", "dead", "poisoned"),
-    "learner": ("events", "joined", "lists", "alarm", "slates", "hits", "ndcg", "reward", "gone"),
+    "learner": ("events", "joined", "lists", "alarm", "slates", "hits", "ndcg", "reward", "gone", "shown"),
 }
 """By curve, what names of counts begin with."""
 
@@ -190,7 +190,7 @@ class Live:
 
 def _after(request: Request) -> int:
     text = request.headers.get("last-event-id") or request.query_params.get("after", "")
-    return int(text) if text.isdigit() and len(text) < 16 else 0
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 0
 
 
 class _Stream(StreamingResponse):
@@ -216,8 +216,9 @@ async def _messages(live: Live, after: int) -> AsyncIterator[bytes]:
 
 def _answer(live: Live) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
+        after = _after(request)
         if live.enter():
-            return _Stream(live, _after(request))
+            return _Stream(live, after)
         return Response("too many viewers\n", 503, headers={"Retry-After": "10"}, media_type="text/plain")
 
     return answer

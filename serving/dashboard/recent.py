@@ -26,6 +26,7 @@ _EXPLORED, _FIRST = 1, 2
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 U64 = NDArray[np.uint64]
 
@@ -62,6 +63,16 @@ class Slots(NamedTuple):
     explored: NDArray[np.bool_]
     slates: int
     seconds: float
+
+    def counts(self, keys: U64) -> I64:
+        """Return how many slots each of distinct items u64[k] has, i64[k]; one pass, which lookups wait for."""
+        order = np.argsort(keys, kind="stable")
+        counts = np.zeros(len(keys), np.int64)
+        if len(keys):
+            ordered = keys[order]
+            at = np.minimum(np.searchsorted(ordered, self.items), len(keys) - 1)
+            counts[order] = np.bincount(at[ordered[at] == self.items], minlength=len(keys))
+        return counts
 
 
 class Recent:

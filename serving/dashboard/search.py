@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -17,6 +18,8 @@ from serving.snapshot import Live
 
 LOOKED_AT: Final = 20_000
 """Items whose ids and titles are read, those shown most first; an exact id is found wherever it is."""
+SLICE: Final = 1000
+"""Of them at a stretch."""
 
 
 class SearchQuery(Struct, forbid_unknown_fields=True):
@@ -31,18 +34,22 @@ async def search(parts: Parts, request: Request) -> Response:
     query = read_query(request, SearchQuery)
     wanted = query.q.casefold()
     users = [user for user in reversed(parts.recent.users) if wanted in user.casefold()]
-    return json_response(
-        {"items": found_items(parts.snapshot.live, query.q, query.limit), "users": users[: query.limit]}
-    )
+    items = await found_items(parts.snapshot.live, query.q, query.limit)
+    return json_response({"items": items, "users": users[: query.limit]})
 
 
-def found_items(live: Live, text: str, limit: int) -> list[dict[str, Any]]:
-    """Return the items whose id or title holds a text, in either case: the one of that id first, then by shown."""
+async def found_items(live: Live, text: str, limit: int) -> list[dict[str, Any]]:
+    """Return the items whose id or title holds a text, in either case: the one of that id first, then by shown.
+
+    Lookups have the loop between slices: all that is looked at takes 15 ms.
+    """
     rows, wanted, items = [row_of(live, text)], text.casefold(), live.items
     order = np.flatnonzero(items.eligible)
-    for row in order[np.argsort(-items.shown[order], kind="stable")[:LOOKED_AT]].tolist():
+    for turn, row in enumerate(order[np.argsort(-items.shown[order], kind="stable")[:LOOKED_AT]].tolist()):
         if len(rows) > limit:
             break
+        if turn % SLICE == SLICE - 1:
+            await asyncio.sleep(0)
         if row != rows[0] and (wanted in items.ids[row].casefold() or wanted in items.title(row).casefold()):
             rows.append(row)
     return [named(live, row) for row in rows if row >= 0][:limit]
