@@ -43,15 +43,16 @@ async def redis_sizes(client: Redis, keys: Keys, partitions: int) -> Sizes:
     out.bytes["catalogue"], _ = await _buckets(client, [keys.item_catalogue(b) for b in some])
     out.bytes["model"], out.learnt = await _buckets(client, [keys.model_rows(b) for b in some])
     out.bytes["model"] += sum(await _weighed(client, [keys.model_head]))
-    out.bytes["feeds"] = sum(await _weighed(client, [keys.item_feed, keys.model_feed]))
+    out.bytes["feeds"] = sum(await _weighed(client, [keys.item_feed, keys.model_feed], 0))  # 2 ms for 45 MB; 8 said 220
     out.bytes["curves"] = sum(await _weighed(client, [keys.metrics(name) for name in CURVES]))
     return out
 
 
-async def _weighed(client: Redis, names: Sequence[str]) -> list[int]:
+async def _weighed(client: Redis, names: Sequence[str], samples: int = 8) -> list[int]:
+    """Return the bytes of keys; `samples` values of each are weighed, 0: all."""
     pipe = client.pipeline(transaction=False)
     for name in names:
-        pipe.memory_usage(name, samples=8)
+        pipe.memory_usage(name, samples=samples)
     return [size or 0 for size in await pipe.execute()]
 
 

@@ -16,6 +16,7 @@ MOST: Final = 300
 """Characters of one line."""
 WATCHED: Final = {"linear": "the linear ranker", "network": "the ranker's network", "encoder": "the encoder",
                   "values": "the predicted ratings"}  # fmt: skip
+FOLLOWS: Final = dict.fromkeys(("linear", "network"), "the ranker learns faster for a while")
 
 
 class News(logging.Handler):
@@ -28,8 +29,12 @@ class News(logging.Handler):
         self._before: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a warning or an error."""
-        self.tell(f"API: {record.getMessage()}", record.created)
+        """Keep a warning or an error; whoever logs meets no error for that."""
+        try:
+            said = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # arguments that do not fit
+            said = str(record.msg)
+        self.tell(f"API: {said}", record.created)
 
     def tell(self, what: str, t: float | None = None) -> None:
         """Keep a line; the same as the last one only moves its time."""
@@ -61,7 +66,8 @@ class News(logging.Handler):
         learner = frame.get("learner", {})
         for name, called in WATCHED.items():
             if learner.get(f"alarm_{name}", 0) > 0:
-                self.tell(f"drift: the losses of {called} rose; what learns them learns faster", learner.get("t"))
+                follows = FOLLOWS.get(name, "watched only")
+                self.tell(f"drift: the losses of {called} rose; {follows}", learner.get("t"))
         here = frame.get("api", {})
         if self._change("refused", learner) > 0:
             self.tell("learner: weights were refused, see /-/models", learner.get("t"))

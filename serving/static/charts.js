@@ -58,10 +58,10 @@ export function sparkline() {
 
 /* A chart over time. `series`: [{label, color (token), def (of its number), dash, width}]; `format(value)` writes a value;
    `stacked` adds the series up as areas; `sync` moves the crosshair of all charts of that name together.
-   `.draw(times (s), columns, marks [{t, text}])`, `.close()`. */
+   `.draw(times (s), columns, marks [{t, text}], {window, n})`, `.close()`: n, or n(series), is the sample size, in words or a column. */
 export class TimeChart {
   constructor({ title, series, format = number, height = 190, min = 0, max = null, log = false, stacked = false, sync = null, empty = "Not told yet." }) {
-    Object.assign(this, { title, series, format, stacked, log, times: [], columns: [], marks: [], at: null });
+    Object.assign(this, { title, series, format, stacked, log, times: [], columns: [], marks: [], about: {}, at: null });
     this.values = series.map(() => h("b", {}, "–"));
     const keys = series.map((one, k) => {
       const key = h("li", { class: one.dash ? "dashed" : stacked ? "area" : "", style: { "--key": `var(--${one.color})` } }, h("i", { "aria-hidden": "true" }), one.label, this.values[k]);
@@ -122,8 +122,8 @@ export class TimeChart {
     return [this.times, ...this.columns.map((values) => values.map((value, k) => (sums[k] += value ?? 0)))];
   }
 
-  draw(times, columns, marks = []) {
-    Object.assign(this, { times, columns, marks });
+  draw(times, columns, marks = [], about = {}) {
+    Object.assign(this, { times, columns, marks, about });
     const some = columns.some((values) => values.some(finite));
     this.show(some);
     if (!some) return;
@@ -161,10 +161,20 @@ export class TimeChart {
 
   tell(index) {
     this.at = index;
-    this.series.forEach((one, k) => say(this.values[k], this.format(index === null ? this.last(this.columns[k]) : this.columns[k][index])));
+    this.series.forEach((one, k) => {
+      say(this.values[k], this.format(index === null ? this.last(this.columns[k]) : this.columns[k][index]));
+      if (one.def) define(this.values[k].parentNode, one.def, this.sample(k, index));
+    });
     if (index === null) return say(this.when, "");
     const near = this.plot ? this.marks.filter(({ t }) => Math.abs(this.plot.valToPos(t, "x") - this.plot.valToPos(this.times[index], "x")) < NEAR_PX) : [];
     say(this.when, `at ${clock(this.times[index])}${near.map(({ text }) => ` · ${text}`).join("")}`);
+  }
+
+  // Window and sample size of the number that stands in key `k`.
+  sample(k, index) {
+    const { window, n } = this.about;
+    const sizes = typeof n === "function" ? n(k) : n;
+    return { window, n: !Array.isArray(sizes) ? sizes : index === null ? sizes.findLast((size) => size !== null) : sizes[index] };
   }
 
   key(event) {
@@ -230,7 +240,7 @@ export class TimeChart {
   resize() {
     const width = Math.floor(this.canvas.clientWidth);
     if (this.plot && width >= 80 && width !== this.plot.width) this.plot.setSize({ width, height: this.options.height });
-    else if (!this.plot && width >= 80 && this.times.length) this.draw(this.times, this.columns, this.marks);
+    else if (!this.plot && width >= 80 && this.times.length) this.draw(this.times, this.columns, this.marks, this.about);
   }
 
   close() {

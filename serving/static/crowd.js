@@ -55,7 +55,7 @@ export class Crowd {
   absent(text) {
     say(this.note, text);
     this.note.hidden = !text;
-    this.controls.hidden = Boolean(text);
+    this.controls.hidden = this.chart.root.hidden = Boolean(text);
   }
 
   take(body) {

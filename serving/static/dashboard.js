@@ -2,7 +2,8 @@
 import { h } from "./dom.js";
 import { register } from "./figure.js";
 import { DEFINITIONS } from "./definitions.js";
-import { follow, showStatus } from "./stream.js";
+import { clock } from "./format.js";
+import { follow, frames, showStatus, watch } from "./stream.js";
 import { themeButton } from "./theme.js";
 
 const PAGES = [
@@ -17,6 +18,16 @@ function address() {
   const argument = rest.length ? decodeURIComponent(rest.join("/")) : "";
   return PAGES.some(([known]) => known === name) ? { name, argument } : { name: "now", argument: "" };
 }
+
+const GONE = {
+  lost: (since) => `The API does not answer. ${since}It goes on by itself when the API is back; freshet status says what runs.`,
+  refused: (since) => `The API refuses the live figures: from another machine they need a key of scope admin, and 64 pages may watch at most. ${since}It is asked again by itself.`,
+};
+const gone = h("p", { class: "notice bad", role: "alert", hidden: true });
+watch(({ name }) => {
+  gone.hidden = !GONE[name];
+  if (GONE[name]) gone.textContent = GONE[name](frames.length ? `What stands here was so at ${clock(frames[frames.length - 1].t)}. ` : "");
+});
 
 function links(json) {
   return json.map((href) => h("a", { href }, href));
@@ -42,7 +53,7 @@ async function show() {
   document.title = `${page.title} · Freshet`;
   const sources = h("p", { class: "sources" });
   const root = h("div", { class: "grid" });
-  $("page").replaceChildren(h("div", { class: "title" }, h("div", {}, h("h1", {}, page.title), h("p", { class: "lead" }, page.lead)), sources), root);
+  $("page").replaceChildren(h("div", { class: "title" }, h("div", {}, h("h1", {}, page.title), h("p", { class: "lead" }, page.lead)), sources), gone, root);
   const tell = (json) => sources.replaceChildren("JSON ", ...links(json));
   tell(page.json);
   mine.frame = page.open(root, { argument, signal: stop.signal, sources: tell }) ?? null;

@@ -22,7 +22,7 @@ function draw() {
   if (document.hidden || !frames.length) return;
   const last = frames[frames.length - 1];
   for (const follower of followers) follower(last);
-  if (source) tell(...(last.api?.degraded ? ["degraded", "degraded: Redis does not answer"] : ["live", "live"]));
+  if (source) tell(...(last.api?.degraded ? ["degraded", "degraded"] : ["live", "live"]));
 }
 
 function ask() {
@@ -44,7 +44,7 @@ function listen() {
   };
   source.onerror = () => {
     const refused = source.readyState === EventSource.CLOSED;
-    tell("lost", refused ? "the server refused; trying again" : "connection lost; trying again");
+    tell(refused ? "refused" : "lost", refused ? "the server refused; trying again" : "connection lost; trying again");
     if (refused) retry = setTimeout(listen, 3000);
   };
 }
@@ -73,14 +73,18 @@ export function follow(follower) {
   return () => followers.delete(follower);
 }
 
-// Keep an element `<span class="status"><i></i><b></b></span>` true to the connection.
-export function showStatus(element) {
-  const watcher = ({ name, text }) => {
-    element.dataset.state = name;
-    element.querySelector("b").textContent = text;
-  };
+// Call `watcher({name, text})` now and whenever the connection changes: wait, live, degraded, lost, refused.
+export function watch(watcher) {
   watchers.add(watcher);
   watcher(state);
+}
+
+// Keep an element `<span class="status"><i></i><b></b></span>` true to the connection.
+export function showStatus(element) {
+  watch(({ name, text }) => {
+    element.dataset.state = name;
+    element.querySelector("b").textContent = text;
+  });
 }
 
 // The newest value that `read(frame)` finds within the last `within` seconds, else null.

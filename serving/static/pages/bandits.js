@@ -3,7 +3,7 @@ import { bars, card, empty, refill, segments, trouble } from "../cards.js";
 import { poll } from "../ask.js";
 import { Density, axisEnd } from "../density.js";
 import { h, say } from "../dom.js";
-import { column, define, figure } from "../figure.js";
+import { column, define, figure, inline } from "../figure.js";
 import { ago, number, percent, plural } from "../format.js";
 import { hue } from "../theme.js";
 
@@ -28,11 +28,12 @@ export function open(root, { signal, sources }) {
   const table = h("div", { class: "table arms" }, h("table", {}, h("thead", {}, head), body));
   const notice = h("div", {}, empty("Asking …"));
   const exposure = bars("Exposure, by item", "arm_share", { head: ["item", "slots"], named: true });
+  const unexposed = empty("Nothing to show.", "No slates yet.");
   const fresh = h("div", {});
   root.append(
     h("section", { class: "card figures", "aria-label": "Exploration" }, Object.values(figures)),
     card("What is believed of each item", { width: "two-thirds", lead: "The filled curve is the present posterior, the dashed outline what it was when you came: every outcome narrows it. Each is drawn to the same height.", aside: segments("Which items", SORTS, sort, (value) => { sort = value; again(); }) }, policy, notice, table),
-    h("div", { class: "third grid nested" }, card("New items on their way", { lead: `Until ${FIRST} slates have shown an item it is tried out, within a bounded share of the slots.` }, fresh), card("Exposure", { lead: "Who gets the slots." }, exposure)),
+    h("div", { class: "third grid nested" }, card("New items on their way", { lead: `Until ${FIRST} slates have shown an item it is tried out, within a bounded share of the slots.` }, fresh), card("Exposure", { lead: "Who of these gets the slots." }, unexposed, exposure)),
   );
   const rows = new Map();
   signal.addEventListener("abort", () => { for (const row of rows.values()) row.density.close(); });
@@ -47,9 +48,9 @@ export function open(root, { signal, sources }) {
     sources([`/-/bandits?limit=${LIMIT}&sort=${sort}`]);
     const { exploration = {}, arms = [], newcomers = [] } = told;
     figures.share.set(percent(exploration.share, 1), { note: exploration.slots ? `of ${number(exploration.slots)} slots` : "no slates yet", n: exploration.slots ? plural(exploration.slots, "slot") : undefined, window: exploration.window_s });
-    figures.first.set(percent(told.first_share, 0), { note: "of the slots, at most", n: "none: chosen, not learnt" });
+    figures.first.set(percent(told.first_share, 0), { note: "at most", n: "none: chosen, not learnt" });
     figures.epsilon.set(percent(told.epsilon, 0), { note: "where the policy is epsilon", n: "none: chosen, not learnt" });
-    figures.new.set(number(newcomers.length), { note: newcomers.length ? "shown by fewer than 30 slates" : "all known items were tried", n: "counted" });
+    figures.new.set(number(told.newcomers_total), { note: newcomers.length ? "shown by fewer than 30 slates" : "all known items were tried", n: "counted" });
     say(policy, (told.policy ?? []).map(([surface, name]) => `${surface === "*" ? "every surface" : surface}: ${name}`).join(" · "));
     notice.replaceChildren(...(arms.length ? [] : [empty("No item was shown yet.", "Ask for slates (the shop front does, or freshet simulate); each that is shown becomes an arm.")]));
     table.hidden = !arms.length;
@@ -70,7 +71,9 @@ export function open(root, { signal, sources }) {
     if (seen.some((row, k) => body.children[k] !== row) || seen.length !== body.children.length) refill(body, seen);
     for (const one of arms) rows.get(one.item_id).density.set(one, top, `${one.title || one.item_id}: ${percent(one.mean, 1)}, 95 % between ${percent(one.low, 1)} and ${percent(one.high, 1)}`);
     exposure.set(arms.filter((one) => one.share !== null).toSorted((a, b) => b.share - a.share).slice(0, 12).map((one) => ({ label: one.title || one.item_id, value: one.share, text: percent(one.share, 1), href: `#item/${encodeURIComponent(one.item_id)}`, n: exploration.slots ? plural(exploration.slots, "slot") : undefined })));
-    drawNew(newcomers);
+    exposure.hidden = !arms.length;
+    unexposed.hidden = arms.length > 0;
+    drawNew(newcomers, told.newcomers_total);
   }
 
   function armRow(one) {
@@ -97,14 +100,14 @@ export function open(root, { signal, sources }) {
     } };
   }
 
-  function drawNew(list) {
+  function drawNew(list, all) {
     if (!list.length) return fresh.replaceChildren(empty("No new items.", `An item is new until ${FIRST} slates have shown it. PUT /v1/items/ID adds one.`));
     const row = (one) => {
       const done = Math.max(0, FIRST - one.to_go);
       const fill = h("i");
       fill.style.width = `${(100 * done) / FIRST}%`;
-      return h("li", {}, h("span", { class: "line" }, h("a", { href: `#item/${encodeURIComponent(one.item_id)}`, "data-key": one.item_id }, one.title || one.item_id), define(h("b", {}, `${done} of ${FIRST}`), "to_go", { n: plural(one.shown, "slate") })), h("div", { class: "meter", role: "progressbar", "aria-valuemin": 0, "aria-valuemax": FIRST, "aria-valuenow": done, "aria-label": `${one.title || one.item_id}: shown by ${done} of ${FIRST} slates` }, fill), h("span", { class: "faint small" }, one.first_time ? `came ${ago(one.first_time)}` : "nobody acted on it yet", ` · believed ${percent(one.mean, 1)}`));
+      return h("li", {}, h("span", { class: "line" }, h("a", { href: `#item/${encodeURIComponent(one.item_id)}`, "data-key": one.item_id }, one.title || one.item_id), define(h("b", {}, `${done} of ${FIRST}`), "to_go", { n: plural(one.shown, "slate") })), h("div", { class: "meter", role: "progressbar", "aria-valuemin": 0, "aria-valuemax": FIRST, "aria-valuenow": done, "aria-label": `${one.title || one.item_id}: shown by ${done} of ${FIRST} slates` }, fill), h("span", { class: "faint small" }, one.first_time ? `came ${ago(one.first_time)}` : "nobody acted on it yet", " · ", inline("posterior_mean", `believed ${percent(one.mean, 1)}`, { n: `${number(one.exposures, 1)} exposures` })));
     };
-    refill(fresh, h("ul", { class: "newcomers" }, list.slice(0, NEWCOMERS).map(row)), list.length > NEWCOMERS ? h("p", { class: "small soft" }, `and ${number(list.length - NEWCOMERS)} more`) : null);
+    refill(fresh, h("ul", { class: "newcomers" }, list.slice(0, NEWCOMERS).map(row)), all > NEWCOMERS ? h("p", { class: "small soft" }, `and ${number(all - NEWCOMERS)} more`) : null);
   }
 }

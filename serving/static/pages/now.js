@@ -40,7 +40,7 @@ export function open(root, { signal }) {
   const stages = bars("Latency of a lookup, by stage", "stage_p50_ms", { head: ["stage", "median (99 %)"] });
   const state = h("p", { class: "notice", role: "status" }, "Waiting for the first second.");
   const news = h("ul", { class: "news", tabindex: "0", "aria-label": "What broke last" });
-  const quiet = empty("Nothing broke while this page was watching.", "Errors, dead letters, refused versions, degradations and drift alarms appear here with their time.");
+  const quiet = empty("Nothing broke of late.", "Errors, dead letters, refused versions, degradations and drift alarms appear here with their time.");
   const noLag = empty("Not told yet.", "Lag is told while events come.");
   const noStages = empty("No lookups in the last minute.", "Stages appear as soon as somebody asks for a slate.");
   root.append(
@@ -84,7 +84,7 @@ export function open(root, { signal }) {
     const asked = latest((f) => f.api?.lookups_s);
     const shed = total((f) => f.api?.shed_s, 60);
     const failed = total((f) => f.api?.errors_s, 60);
-    figures.lookups.set(number(asked, asked < 10 ? 1 : 0), { note: shed === null ? "slates drawn for people" : `${number(shed, 0)} turned away, ${number(failed ?? 0, 0)} failed in a minute`, n: total((f) => f.api?.lookups_s, 60), tone: failed > 0 ? "warn" : "" });
+    figures.lookups.set(number(asked, asked < 10 ? 1 : 0), { note: shed === null ? "slates drawn for people" : `${number(shed, 0)} turned away, ${number(failed ?? 0, 0)} failed in a minute`, tone: failed > 0 ? "warn" : "" });
     figures.lookup.set(ms(latest((f) => f.api?.lookup_p50_ms)), { note: `95 % ${ms(latest((f) => f.api?.lookup_p95_ms))}, 99 % ${ms(latest((f) => f.api?.lookup_p99_ms))} ms`, n: asked });
     const waiting = latest((f) => f.users?.lag);
     figures.lag.set(number(waiting), { note: `${plural(total((f) => f.users?.duplicates, SHOWN_S) ?? 0, "duplicate")}, ${plural(total((f) => f.users?.dead, SHOWN_S) ?? 0, "dead letter")} in 5 min`, n: "exact", tone: waiting > 5000 ? "warn" : "" });
@@ -96,9 +96,9 @@ export function open(root, { signal }) {
     spark(sparks.lag, column((f) => f.users?.lag, SPARK_S));
     const typed = TYPES.map(([name]) => column((f) => f.users?.[`events_${name}`], SHOWN_S));
     byType.draw(at, typed);
-    applied.draw(at, percentiles("applied", "users"));
-    changed.draw(at, percentiles("changed", "api"));
-    lookups.draw(at, percentiles("lookup", "api"));
+    applied.draw(at, percentiles("applied", "users"), [], { n: column((f) => f.users?.events, SHOWN_S) });
+    changed.draw(at, percentiles("changed", "api"), [], { n: column((f) => f.api?.changed_n, SHOWN_S) });
+    lookups.draw(at, percentiles("lookup", "api"), [], { n: column((f) => f.api?.lookups_s, SHOWN_S) });
     drawLag(last);
     drawStages();
     drawState(last);
@@ -117,14 +117,14 @@ export function open(root, { signal }) {
     const rows = STAGES.map(([name, label]) => ({ label, value: latest((f) => f.api?.[`${name}_p50_ms`], 60), mark: latest((f) => f.api?.[`${name}_p99_ms`], 60) })).filter((row) => row.value !== null);
     noStages.hidden = rows.length > 0;
     stages.hidden = rows.length === 0;
-    stages.set(rows.map((row) => ({ ...row, mark: row.mark ?? undefined, text: `${ms(row.value)} (${ms(row.mark)}) ms` })));
+    stages.set(rows.map((row) => ({ ...row, mark: row.mark ?? undefined, text: `${ms(row.value)} (${ms(row.mark)}) ms`, n: latest((f) => (f.api?.lookup_p50_ms === undefined ? null : f.api.lookups_s), 60) })));
   }
 
   function drawState(last) {
     const delay = latest((f) => f.api?.loop_delay_ms);
     const calmWords = `Serving in full. ${number(last.api?.items)} items, model step ${number(last.api?.step)}${delay === null ? "" : `, event loop ${ms(delay)} ms late`}.`;
     const turned = (total((f) => f.api?.shed_s, 10) ?? 0) + (total((f) => f.api?.errors_s, 10) ?? 0);
-    const text = turned && !last.api?.degraded ? `Under strain: in the last 10 s ${plural(Math.ceil(turned), "request")} turned away or failed.` : last.api?.degraded ? "Degraded: Redis does not answer. Slates come from the arrays in this process: popular and fresh items." : calmWords;
+    const text = turned && !last.api?.degraded ? `Under strain: in the last 10 s ${plural(Math.ceil(turned), "request")} turned away or failed.` : last.api?.degraded ? `Degraded: ${last.api.reason ?? "Redis does not answer"}. Slates come from the arrays in this process: popular and fresh items.` : calmWords;
     if (state.textContent !== text) state.textContent = text;
     state.className = `notice ${last.api?.degraded ? "bad" : turned ? "warn" : "good"}`;
   }

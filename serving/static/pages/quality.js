@@ -16,7 +16,7 @@ const MOST = 16;
 export function open(root, { signal }) {
   const figures = { coverage: figure("coverage"), gini: figure("gini"), entropy: figure("entropy"), slates: figure("slates_judged") };
   const notice = h("div", {});
-  const history = new TimeChart({ title: "Coverage, Gini and entropy", height: 230, max: 1, format: (v) => number(v, 2), series: [{ label: "coverage", color: "s1", def: "coverage" }, { label: "Gini", color: "s2", def: "gini" }, { label: "entropy of topics", color: "s3", def: "entropy" }], empty: "Told once a minute; the first point comes soon." });
+  const history = new TimeChart({ title: "Coverage, Gini and entropy", height: 230, max: 1, format: (v) => number(v, 2), series: [{ label: "coverage", color: "s1", def: "coverage" }, { label: "Gini", color: "s2", def: "gini" }, { label: "entropy of topics", color: "s3", def: "entropy" }], empty: "A point every ten seconds in which something is served; the first comes soon." });
   signal.addEventListener("abort", () => history.close());
   const providers = bars("Exposure by provider", "exposure", { head: ["provider", "served (all)"] });
   const categories = bars("Exposure by topic", "exposure", { head: ["topic", "served (all)"] });
@@ -31,7 +31,7 @@ export function open(root, { signal }) {
     card("Over time", { width: "two-thirds" }, history.root),
     card("Which channel filled the slots", { width: "third" }, put("channels")),
     card("By provider", { width: "half", lead: "Bar: share of slots served. Tick: share of the catalogue. A bar far from its tick is favoured or starved.", aside: segments("Order", [["share", "most"], ["gap", "farthest off"]], order, (value) => { order = value; if (body) draw(body); }) }, put("providers")),
-    card("By topic", { width: "half", lead: "The same for the first category of each item." }, put("categories")),
+    card("By topic", { width: "half", lead: "The same; an item of several topics counts in part for each." }, put("categories")),
   );
   poll("/-/quality", EVERY_S, signal, draw, (error) => notice.replaceChildren(trouble(error)));
 
@@ -45,7 +45,7 @@ export function open(root, { signal }) {
     figures.entropy.set(number(none ? null : told.entropy, 2), { note: "1 all topics alike", ...about });
     figures.slates.set(number(told.slates), { note: plural(told.slots ?? 0, "slot"), ...about });
     const rows = told.history ?? [];
-    history.draw(rows.map(([t]) => t), [1, 2, 3].map((k) => rows.map((row) => row[k])));
+    history.draw(rows.map(([t]) => t), [1, 2, 3].map((k) => rows.map((row) => row[k])), [], { window: "15 minutes before each point", n: "slots served in it" });
     const compared = (list, key) => (list ?? []).toSorted((a, b) => (order === "gap" ? Math.abs(b.share - b.catalogue_share) - Math.abs(a.share - a.catalogue_share) : b.share - a.share)).slice(0, MOST).map((one) => ({ label: one[key] || "(none)", value: one.share, mark: one.catalogue_share, text: `${percent(one.share, 1)} (${percent(one.catalogue_share, 1)})`, n: plural(one.slots, "slot") }));
     const filled = { providers: compared(told.providers, "provider"), categories: compared(told.categories, "category"), channels: (told.channels ?? []).map((one) => ({ label: words(one.channel), value: one.share, text: percent(one.share, 1), n: plural(one.slots, "slot") })) };
     for (const { name, list, none: nothing } of places) {

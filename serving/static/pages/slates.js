@@ -2,7 +2,7 @@
 import { bars, card, empty, facts, refill, segments, trouble } from "../cards.js";
 import { ask, poll } from "../ask.js";
 import { h, say } from "../dom.js";
-import { column } from "../figure.js";
+import { column, define } from "../figure.js";
 import { clock, moment, ms, number, percent, signed, span, words } from "../format.js";
 
 export const title = "Slates";
@@ -16,7 +16,7 @@ export function open(root, { argument, signal, sources }) {
   let live = true;
   let chosen = argument;
   let shown = null;
-  const count = h("span", { class: "soft small" });
+  const count = define(h("span", { class: "soft small" }), "sampled");
   const list = h("ul", { class: "slates" });
   const notice = h("div", {}, empty("Asking …"));
   const detail = h("div", { class: "two-thirds grid nested" });
@@ -24,7 +24,7 @@ export function open(root, { argument, signal, sources }) {
     card("Last served", { width: "third listed", aside: segments("Follow", [[true, "live"], [false, "hold"]], live, (value) => { live = value; if (live) again(); }) }, count, notice, list),
     detail,
   );
-  detail.append(card("One slate", {}, empty("Pick a slate.", "Its items, what it cost and, the candidates it was drawn from.")));
+  detail.append(card("One slate", {}, empty("Pick a slate.", "Its items, what it cost, and the candidates it was drawn from.")));
 
   const again = poll("/-/slates?limit=24", EVERY_S, signal, (told) => {
     if (!live && list.children.length) return;
@@ -35,7 +35,7 @@ export function open(root, { argument, signal, sources }) {
     const rows = told.slates ?? [];
     say(count, rows.length ? `${number(told.kept)} kept: ${percent(told.sampled_share)} of those served in the last ${span(told.window_s)}` : "");
     notice.replaceChildren(...(rows.length ? [] : [empty("No slate was served yet.", "Open the shop front, or ask for one: /v1/recommendations/ann")]));
-    const row = (one) => h("li", {}, h("a", { href: `#slates/${one.slate_id}`, "data-key": one.slate_id, "aria-current": one.slate_id === chosen ? "true" : undefined }, h("b", {}, one.user_id), h("time", {}, clock(one.t)), h("span", { class: "faint" }, `${one.surface || "default"} · ${one.policy} · ${number(one.items.length)} items`), h("span", { class: "faint num" }, `${ms(one.ms?.total ?? sum(one.ms))} ms`)));
+    const row = (one) => h("li", {}, define(h("a", { href: `#slates/${one.slate_id}`, "data-key": one.slate_id, "aria-current": one.slate_id === chosen ? "true" : undefined }, h("b", {}, one.user_id), h("time", {}, clock(one.t)), h("span", { class: "faint" }, `${one.surface || "default"} · ${one.policy} · ${number(one.items.length)} items`), h("span", { class: "faint num" }, `${ms(sum(one.ms))} ms`)), "slate_ms"));
     refill(list, rows.map(row));
     if (!chosen && rows.length) chosen = rows[0].slate_id;
     const found = rows.find((one) => one.slate_id === chosen);

@@ -3,7 +3,7 @@ import { card, empty, facts, refill, trouble } from "../cards.js";
 import { ask, poll } from "../ask.js";
 import { Atlas } from "../atlas.js";
 import { h, say } from "../dom.js";
-import { column, define } from "../figure.js";
+import { column, define, inline } from "../figure.js";
 import { finder } from "../finder.js";
 import { ago, number, percent, signed, span, words } from "../format.js";
 
@@ -132,7 +132,7 @@ export function open(root, { argument: user, signal, sources }) {
     const age = h("span", { class: "faint small" });
     const decay = define(h("b", { class: "tabular" }), "decay", { n: "one event" });
     const name = entry.item_id ? h("a", { href: `#item/${encodeURIComponent(entry.item_id)}` }, entry.title || entry.item_id) : h("span", { class: "mono" }, entry.hash);
-    return { root: h("li", {}, h("span", { class: "line" }, name, decay), h("div", { class: "meter double", "aria-hidden": "true" }, fills[1], fills[0]), h("span", { class: "line small" }, h("span", { class: "soft" }, `${entry.kind}, weight ${signed(entry.weight, 2)}`), age)), fills, age, decay };
+    return { root: h("li", {}, h("span", { class: "line" }, name, decay), h("div", { class: "meter double", "aria-hidden": "true" }, fills[1], fills[0]), h("span", { class: "line small" }, define(h("span", { class: "soft" }, `${entry.kind}, weight ${signed(entry.weight, 2)}`), "entry_weight"), age)), fills, age, decay };
   }
 
   function slateRows(slate, old) {
@@ -149,7 +149,7 @@ export function open(root, { argument: user, signal, sources }) {
   function drawNext(slate) {
     if (!slate.items.length) return next.replaceChildren(empty("Nothing to show.", slate.reason || "No item is known yet: PUT /v1/items/ID, or let somebody click."));
     const head = h("tr", {}, h("th", { scope: "col", class: "num" }, "#"), h("th", { scope: "col" }, "item and reason"), h("th", { scope: "col" }, "channel"), column("score", { numeric: true }), column("probability", { numeric: true }));
-    refill(next, h("div", { class: "table", tabindex: "0", role: "region", "aria-label": "The next slate" }, h("table", {}, h("thead", {}, head), h("tbody", {}, slateRows(slate, null)))), h("p", { class: "small soft" }, `Model step ${number(slate.model_step)}${slate.degraded ? ", degraded" : ""}; ${number(slate.trace?.scores?.length)} candidates scored; ${number(sum(slate.trace?.ms), 1)} ms.`));
+    refill(next, h("div", { class: "table", tabindex: "0", role: "region", "aria-label": "The next slate" }, h("table", {}, h("thead", {}, head), h("tbody", {}, slateRows(slate, null)))), h("p", { class: "small soft" }, `Model step ${number(slate.model_step)}${slate.degraded ? ", degraded" : ""}; ${number(slate.trace?.scores?.length)} candidates scored; `, inline("slate_ms", `${number(sum(slate.trace?.ms), 1)} ms`), "."));
   }
 
   async function afterAct(entry) {
@@ -161,7 +161,7 @@ export function open(root, { argument: user, signal, sources }) {
     const ids = new Set(fresh.items.map((item) => item.item_id));
     const gone = old.items.filter((item) => !ids.has(item.item_id));
     const come = fresh.items.filter((item) => !old.items.some((one) => one.item_id === item.item_id)).length;
-    const head = h("tr", {}, h("th", { scope: "col", class: "num" }, "#"), h("th", { scope: "col" }, "slate after it"), h("th", { scope: "col", class: "num" }, "moved"));
+    const head = h("tr", {}, h("th", { scope: "col", class: "num" }, "#"), h("th", { scope: "col" }, "slate after it"), column("moved", { numeric: true }));
     changed.replaceChildren(
       h("p", { role: "status" }, h("b", {}, `${entry.kind}: ${entry.title || entry.item_id || entry.hash}`), h("span", { class: "soft" }, ` · ${come} of ${fresh.items.length} are new`)),
       h("div", { class: "table" }, h("table", {}, h("thead", {}, head), h("tbody", {}, slateRows(fresh, old)))),
