@@ -33,7 +33,7 @@ from serving.dashboard import files
 from serving.dashboard.live import live_of, stream
 from serving.doors import mount
 from serving.guard import SECURITY_HEADERS, BindingError, Guard, check_binding
-from serving.introspect import not_ready
+from serving.introspect import not_ready, posterior
 from serving.keys import KeyRing, KeysError
 from serving.messages import Problem, problem_response
 from serving.metrics import watch_degraded
@@ -253,6 +253,7 @@ def warm() -> None:
     popular(live.items, live.model, 2, hashes[:1], 1.0)
     similar(live.items, live.model, int(hashes[0]), 1)
     explored(np.zeros(1, np.float32), np.zeros(2, np.float32))
+    posterior(live, int(rows[0]))
 
 
 async def _tell_ready(parts: Parts) -> None:

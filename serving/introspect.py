@@ -260,7 +260,7 @@ async def get_item(parts: Parts, request: Request) -> Response:
             "shown": int(items.shown[row]),
             "outcomes": int(items.outcomes[row]),
             "still_exploring": bool(items.shown[row] < FIRST),
-            "posterior": _posterior(live, row),
+            "posterior": posterior(live, row),
             "decayed_counts": _counts(live, row, parts.clock()),
             "next": _neighbours(live, items.a_items[row], items.a_weights[row]),
             "together": _neighbours(live, items.b_items[row], items.b_weights[row]),
@@ -268,7 +268,7 @@ async def get_item(parts: Parts, request: Request) -> Response:
     )
 
 
-def _posterior(live: Live, row: int) -> dict[str, Any]:
+def posterior(live: Live, row: int) -> dict[str, Any]:
     """Say what exposures, dwells and ratings say of an item: means with 95 % intervals, and what they rest on."""
     items, rows = live.items, np.array([row])
     (alpha,), (beta,) = items.click_posteriors(rows)

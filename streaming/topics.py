@@ -118,8 +118,8 @@ def partition_of(user_id: str, partitions: int) -> int:
 async def create_topics(bootstrap: str, topics: Topics) -> None:
     """Create the topics that are not there and wait until the brokers know them; raises what Kafka answers."""
     admin = AIOKafkaAdminClient(**client_options(bootstrap))
-    await admin.start()
     try:
+        await admin.start()
         wanted = [NewTopic(n, p, 1, topic_configs=configs) for n, (p, configs) in topics.specs().items()]
         response = await admin.create_topics(wanted)
         for name, code, message in (error[:3] for error in response.topic_errors):
@@ -136,8 +136,8 @@ async def create_topics(bootstrap: str, topics: Topics) -> None:
 async def describe(bootstrap: str, names: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
     """Return (cluster id, topic -> (partitions, topic id)); a missing topic has 0 partitions. Needs Kafka 2.8."""
     admin = AIOKafkaAdminClient(**client_options(bootstrap), request_timeout_ms=10_000)
-    await admin.start()
     try:
+        await admin.start()
         return _described(await admin._send_request(MetadataOf(names)), names)
     finally:
         await admin.close()
@@ -178,8 +178,8 @@ async def end_offsets(bootstrap: str, partitions: dict[str, int]) -> dict[str, l
     """Return topic -> its end offset by partition, for topics with that many partitions."""
     places = [TopicPartition(name, p) for name, count in partitions.items() for p in range(count)]
     consumer = AIOKafkaConsumer(**client_options(bootstrap))
-    await consumer.start()
     try:
+        await consumer.start()
         ends = await consumer.end_offsets(places)
     finally:
         await consumer.stop()
@@ -216,8 +216,8 @@ class Ends:
 async def topic_end(bootstrap: str, topic: str) -> int:
     """Return the end of a topic of one partition."""
     consumer = AIOKafkaConsumer(**client_options(bootstrap))
-    await consumer.start()
     try:
+        await consumer.start()
         (end,) = (await consumer.end_offsets([TopicPartition(topic, 0)])).values()
         return int(end)
     finally:
@@ -244,8 +244,8 @@ async def read_span(
         **client_options(bootstrap), auto_offset_reset=reset, fetch_max_bytes=16 << 20,
         max_partition_fetch_bytes=4 << 20,
     )  # fmt: skip
-    await consumer.start()
     try:
+        await consumer.start()
         consumer.assign(list(left))
         for tp in left:
             consumer.seek(tp, spans[tp.partition][0])
@@ -326,8 +326,14 @@ class Log:
     async def stop(self) -> None:
         """Send what is pending and disconnect."""
         producer, self._producer = self._producer, None
-        if producer is not None:
+        if producer is None:
+            return
+        try:
             await producer.stop()
+        except asyncio.CancelledError:  # whoever waits has no more time: what is pending is lost, nothing stays open
+            self._producer = producer
+            await self.drop()
+            raise
 
     async def drop(self) -> None:
         """Disconnect at once; what is pending fails with LogError, and may or may not have been stored."""

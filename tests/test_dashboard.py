@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from infra.settings import Settings
 from models.bandit import explored
+from models.bandit.posterior import alike_mean
 from models.decay import add
-from models.examples import Entries
+from models.examples import Entries, item_hash
 from models.factors import DIM
 from models.items import CatalogueItem
 from models.recommend import Request, Slate
@@ -29,6 +30,7 @@ from serving.dashboard.arms import rising
 from serving.dashboard.atlas import Basis, fit
 from serving.dashboard.quality import entropy, gini, spread
 from serving.dashboard.recent import EVERY_S, SLATES, USERS, Recent
+from serving.introspect import posterior
 from serving.keys import add_key
 from serving.parts import Parts
 from serving.snapshot import Live
@@ -52,6 +54,16 @@ def compiled() -> None:
 
 
 # ---- arithmetic
+
+
+def test_nothing_is_compiled_for_the_page_of_an_item() -> None:
+    warm()
+    assert alike_mean.signatures
+    live, before = Live.empty(), len(alike_mean.signatures)
+    row = live.items.set_item(item_hash("a"), "a", CatalogueItem(categories=["x"]))
+    live.items.grow()
+    assert 0.0 < posterior(live, row)["rating"]["mean"] < 1.0
+    assert len(alike_mean.signatures) == before
 
 
 def test_gini_of_known_spreads() -> None:

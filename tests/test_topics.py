@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
@@ -83,3 +84,19 @@ async def test_appends_keep_their_order_and_tell_the_last_offset(
     await consumer.stop()
     assert found[0] == values[::2]
     assert found[1] == [*values[1::2], b"last"]
+
+
+async def test_a_producer_that_is_given_no_time_to_stop_leaves_nothing_open(
+    kafka: str, topics: Callable[..., Awaitable[Topics]]
+) -> None:
+    made, log = await topics(2), Log(kafka)
+    await log.start()
+    await log.append(made.events, [(0, b"k", b"v")])
+    assert (producer := log._producer) is not None
+    pending = await log.submit(made.events, [(p, b"k", b"v") for p in (0, 1)])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await log.stop()
+    assert not any(connection.connected() for connection in producer.client._conns.values())
+    assert (await asyncio.wait({producer._sender.sender_task}, timeout=5.0))[0], "its sender ends"
+    await asyncio.gather(*pending, return_exceptions=True)
