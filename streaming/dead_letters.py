@@ -11,6 +11,7 @@ appends what is not done again, with the same numbers, before its own.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 MOST_BYTES = 256 * 1024
 """So much of an original is kept."""
 EXCERPT = 4096
+SLICE = 200
+"""Letters read again at a stretch, about 5 ms: a replay may be asked of a process that serves slates."""
 SOURCE = "dead-letters"
 MARK = b"replay"
 """Key of what is no letter: intents and dones."""
@@ -234,7 +237,9 @@ async def replay(
     await log_.start()
     try:
         intents: list[Record] = []
-        for letter in (await read_box(settings)).letters.values():
+        for turn, letter in enumerate((await read_box(settings)).letters.values()):
+            if turn % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
             if reason not in letter.reason or (position and position != letter.name):
                 continue
             if names is not None and letter.name not in names:
@@ -264,7 +269,9 @@ async def _finish(settings: Settings, topics: Topics, log_: Log) -> None:
     if not waiting:
         return
     records: list[Record] = []
-    for number in waiting:
+    for turn, number in enumerate(waiting):
+        if turn % SLICE == SLICE - 1:
+            await asyncio.sleep(0)
         event = box.letters[box.intents[number]].event(topics)
         event.source = (SOURCE, 0, number)
         user = subject(event)
