@@ -12,7 +12,7 @@ const FADE_S = 5; // what only fades is painted again this often
 /* `.items(list)` and `.user({hour, month, entries})` set what is drawn, gliding from what was; `pick(item)` is called where
    an item is chosen. `.nearest(point, n)` tells the items nearest to a point, for words beside the picture. */
 export class Atlas {
-  constructor({ pick, height = 460 }) {
+  constructor({ pick, height = Math.min(560, innerWidth) }) {
     Object.assign(this, { pick, height, points: [], where: new Map(), hour: null, month: null, entries: [], trail: [], topic: null, hovered: null, stops: [] });
     this.canvas = h("canvas", { role: "img", "aria-label": "Map of items", onpointermove: (event) => this.hover(event), onpointerleave: () => this.leave(), onclick: () => this.hovered && this.pick(this.hovered) });
     this.canvas.style.height = `${height}px`;

@@ -17,7 +17,7 @@ export function empty(title, next = "") {
 // What went wrong, and what to do: for polls and actions.
 export function trouble(error) {
   const next = error.status === 401 || error.status === 403 ? "This page needs a key of scope admin, or a visit from the machine itself." : error.status === 404 ? "This server does not tell it." : "It is asked again by itself.";
-  return h("p", { class: "notice warn", role: "status" }, `${error.message}. ${next}`);
+  return h("p", { class: "notice warn", role: "status" }, `${error.message[0].toUpperCase()}${error.message.slice(1)}. ${next}`);
 }
 
 /* Rows of label, bar and number. `.set([{label, value, text, n, mark, href, color}], {max})`: value and mark in the unit of

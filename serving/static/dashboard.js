@@ -23,7 +23,7 @@ const GONE = {
   lost: (since) => `The API does not answer. ${since}It goes on by itself when the API is back; freshet status says what runs.`,
   refused: (since) => `The API refuses the live figures: from another machine they need a key of scope admin, and 64 pages may watch at most. ${since}It is asked again by itself.`,
 };
-const gone = h("p", { class: "notice bad", role: "alert", hidden: true });
+const gone = h("p", { class: "notice bad gone-by", role: "alert", hidden: true });
 watch(({ name }) => {
   gone.hidden = !GONE[name];
   if (GONE[name]) gone.textContent = GONE[name](frames.length ? `What stands here was so at ${clock(frames[frames.length - 1].t)}. ` : "");

@@ -41,7 +41,7 @@ export function open(root, { signal }) {
   poll("/-/state", STATE_S, signal, (told) => {
     const { snapshot = {}, impressions = {}, overload = {}, memory: held = {} } = told;
     const redis = held.redis ?? {};
-    figures.uptime.set(span(told.uptime_s).split(" ")[0], { note: `${span(told.uptime_s)} since this process started`, n: "exact" });
+    figures.uptime.set(span(told.uptime_s).split(" ")[0], { note: "since this process started", n: "exact" });
     figures.uptime.querySelector(".value span").textContent = span(told.uptime_s).split(" ")[1] ?? "";
     figures.redis.set(number(redis.mb?.total, 1), { note: "all namespaces of this server", n: "exact" });
     figures.users.set(number(redis.users), { note: "profiles in Redis", n: "counted" });
@@ -60,7 +60,10 @@ export function open(root, { signal }) {
       ["unreadable", "unreadable profiles", number(Object.values(told.unreadable_profiles ?? {}).reduce((sum, n) => sum + n, 0))],
       ["keys", "API keys", told.keys?.on ? number(told.keys.known) : "off: loopback only"], ["generation", "generation of keys", number(snapshot.generation)],
     ]));
-  }, (error) => state.replaceChildren(trouble(error)));
+  }, (error) => {
+    state.className = "";
+    state.replaceChildren(trouble(error));
+  });
 
   poll("/-/topics", TOPICS_S, signal, ({ topics: rows }) => {
     const row = (one) => h("tr", {}, h("th", { scope: "row" }, one.topic), h("td", { class: "num" }, number(one.partitions), one.partitions === one.expected ? "" : h("span", { class: "chip bad" }, `expected ${one.expected}`)),
