@@ -251,6 +251,7 @@ class InletAgent:
                         continue
                     records.append(record_of(event, self._topics))
             await self._dead.send(dead)
+            self._progress.dead += len(dead)
             if records:
                 await self._log.append(self._topics.events, records)
             for tp, found in batch.items():

@@ -34,7 +34,9 @@ async def test_an_inlet_sends_what_it_cannot_read_to_the_dead_letters(
         yield {TP(made.inlet("clicks"), 2): records}
 
     for _ in range(2):  # delivery is at least once
-        await InletAgent("clicks", topics=made, log_=log, progress=Progress()).run(once())
+        progress = Progress()
+        await InletAgent("clicks", topics=made, log_=log, progress=progress).run(once())
+        assert progress.dead == 2
     await DeadLetters(log, made).send([Dead(made.events, 0, 1, "expected version 1", b"\xff\x00")])
     await log.stop()
     found = await letters(settings)

@@ -107,7 +107,7 @@ export class TimeChart {
       cursor: { drag: { x: false, y: false }, y: false, points: { size: 6 }, sync: sync ? { key: sync, setSeries: false, scales: ["x", null] } : undefined },
       scales: { x: { time: true, range: (_, low, high) => [Math.min(low, high - MIN_SPAN_S), high] }, y: { distr: this.log ? 3 : 1, range } },
       axes: [
-        { ...axis, size: 24, space: 58, grid: { show: false }, values: (_, at) => at.map((t, k) => (k && at[k] - at[k - 1] < 60 ? clock(t) : clock(t).slice(0, 5))) },
+        { ...axis, size: 24, space: (_, __, low, high, width) => (width < 360 ? 50 : 70), grid: { show: false }, values: (_, at) => at.map((t, k) => (k && at[k] - at[k - 1] < 60 ? clock(t) : clock(t).slice(0, 5))) },
         { ...axis, size: 46, space: 34, grid, ...(this.log ? { splits: (_, __, low, high) => decades(low, high), filter: (_, at) => at } : {}), values: (_, at) => at.map((value) => (value === null ? "" : short(this.format(value)))) },
       ],
       series: [{}, ...lines],

@@ -117,7 +117,7 @@ export const DEFINITIONS = {
   probability: { name: "chance of a click", what: "Calibrated probability that the item is chosen where it is shown.", unit: "probability", window: "one slate", n: "one item" },
   propensity: { name: "drawn with", what: "Probability with which this item was drawn for this place, given those above it; logged, so the slate can be judged later.", unit: "probability", window: "one slate", n: "one draw" },
   slate_ms: { name: "Time", what: "Time of this stage for this slate; in the list, and below it, of all stages.", unit: "ms", window: "one slate", n: "one slate" },
-  sampled: { name: "Slates kept", what: "The newest slates that are kept whole, at most 200 and ten a second, and which share they are of all that this process served since the oldest of them.", unit: "slates", n: "counted" },
+  sampled: { name: "Slates kept", what: "The newest slates that are kept whole, at most 200 and ten a second, and which share they are of all that this process served since the oldest of them.", unit: "slates", window: "since the oldest kept", n: "counted" },
   moved: { name: "moved", what: "Places up or down since the slate before the act; new: it was not in it.", unit: "places", window: "two slates", n: "one item" },
   entry_weight: { name: "Weight", what: "How much this item says of the user's taste: the sum of what they did with it (setting event_weights), before time takes from it.", unit: "weight", window: "the sequence that is kept", n: "their acts on this item" },
   candidates: { name: "Candidates", what: "Items that this channel gave to the ranker.", unit: "items", window: "one slate", n: "all candidates of the slate" },

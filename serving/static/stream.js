@@ -73,10 +73,11 @@ export function follow(follower) {
   return () => followers.delete(follower);
 }
 
-// Call `watcher({name, text})` now and whenever the connection changes: wait, live, degraded, lost, refused.
+// Call `watcher({name, text})` now and whenever the connection changes: wait, live, degraded, lost, refused. Returns how to stop.
 export function watch(watcher) {
   watchers.add(watcher);
   watcher(state);
+  return () => watchers.delete(watcher);
 }
 
 // Keep an element `<span class="status"><i></i><b></b></span>` true to the connection.

@@ -4,7 +4,7 @@ import { TimeChart, spark, sparkline } from "../charts.js";
 import { h } from "../dom.js";
 import { figure } from "../figure.js";
 import { ago, clock, ms, number, plural } from "../format.js";
-import { column, latest, times, total } from "../stream.js";
+import { column, latest, times, total, watch } from "../stream.js";
 
 export const title = "Now";
 export const lead = "Events in, profiles changed, slates out: this second and the last five minutes.";
@@ -54,6 +54,12 @@ export function open(root, { signal }) {
     card("A lookup, by stage", { width: "half" }, noStages, stages),
   );
   signal.addEventListener("abort", () => [byType, applied, changed, lookups].forEach((chart) => chart.close()));
+
+  signal.addEventListener("abort", watch(({ name }) => {
+    if (name !== "lost" && name !== "refused") return;
+    state.className = "notice";
+    state.textContent = "Not known while the API does not answer.";
+  }));
 
   const percentiles = (prefix, part) => QUANTILES.map(([q]) => column((f) => f[part]?.[`${prefix}_p${q}_ms`], SHOWN_S));
   const broke = [];
