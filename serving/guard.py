@@ -94,7 +94,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        answer = self._dressed(send, headers.get("origin", ""))
+        answer = self._dressed(send, self._lists(headers.get("origin", ""), scope["path"]))
         try:
             early = self._check(scope, headers)
         except Problem as problem:
@@ -104,7 +104,11 @@ class Guard:
         else:
             await self.app(scope, receive, answer)
 
-    def _dressed(self, send: Send, origin: str) -> Send:
+    def _lists(self, origin: str, path: str) -> str:
+        """Return an origin of the setting cors, else ""; what looks into the system or acts on it is for own pages."""
+        return origin if origin in self.origins and not path.startswith("/-/") else ""
+
+    def _dressed(self, send: Send, listed: str) -> Send:
         """Put the headers on that every answer carries, and those that let a listed origin read it."""
 
         async def dressed(message: Message) -> None:
@@ -114,8 +118,8 @@ class Guard:
                     headers.setdefault(name, value)
                 if self.origins:
                     headers.add_vary_header("Origin")
-                    if origin in self.origins:
-                        headers["Access-Control-Allow-Origin"] = origin
+                    if listed:
+                        headers["Access-Control-Allow-Origin"] = listed
                         headers["Access-Control-Expose-Headers"] = "Retry-After"
             await send(message)
 
@@ -132,7 +136,7 @@ class Guard:
         if not guarded and not is_loopback(_name(host)):
             raise Problem(403, "header Host", "localhost, 127.0.0.1 or [::1]", repr(host[:80]))
         origin = headers.get("origin", "")
-        listed = origin in self.origins
+        listed = self._lists(origin, path)
         if method == "OPTIONS" and "access-control-request-method" in headers:
             if not listed:
                 raise Problem(403, "header Origin", "an origin of the setting cors", repr(origin[:80]))

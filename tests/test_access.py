@@ -220,6 +220,7 @@ async def test_pages_of_listed_origins_may_call_and_others_may_not(tmp_path: Pat
     shop, evil = {"Origin": "https://shop.example"}, {"Origin": "https://evil.example"}
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     key = add_key(tmp_path / "keys.json", "page", ["publish"])
+    admin = add_key(tmp_path / "keys.json", "us", ["admin"])
     event = {"type": "click"}
     async with door(tmp_path, cors="https://shop.example,http://localhost:3000") as (client, _):
         preflight = await client.options("/v1/events", headers={**shop, **asks})
@@ -234,6 +235,10 @@ async def test_pages_of_listed_origins_may_call_and_others_may_not(tmp_path: Pat
         assert (await client.post("/v1/events", json=event, headers={**evil, **bearer(key)})).status_code == 403
         unknown = await client.get("/v1/popular", headers=shop)
         assert (unknown.status_code, unknown.headers["access-control-allow-origin"]) == (401, "https://shop.example")
+        for headers in ({**shop, **asks}, {**shop, **bearer(admin)}):  # a shop's page neither looks into the system
+            method = "OPTIONS" if headers.keys() & asks.keys() else "POST"
+            acted = await client.request(method, "/-/crowd", json={"users": 1}, headers=headers)
+            assert (acted.status_code, "access-control-allow-origin" in acted.headers) == (403, False)  # nor acts on it
     async with door(tmp_path) as (client, _):
         assert (await client.options("/v1/events", headers={**shop, **asks})).status_code == 403
         assert "access-control-allow-origin" not in (await client.get("/v1/popular", headers=shop)).headers
