@@ -24,7 +24,10 @@ export function ms(value) {
 
 // A share of one, in percent.
 export function percent(value, digits) {
-  return told(value) ? `${number(100 * value, digits ?? (Math.abs(value) < 0.0995 && value !== 0 ? 1 : 0))} %` : NONE;
+  if (!told(value)) return NONE;
+  const kept = digits ?? (Math.abs(value) < 0.0995 && value !== 0 ? 1 : 0);
+  const least = 10 ** -kept;
+  return value > 0 && 200 * value < least ? `< ${number(least, kept)} %` : `${number(100 * value, kept)} %`; // seldom is not never
 }
 
 export function bytes(value) {
