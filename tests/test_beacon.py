@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(300),
-    pytest.mark.xdist_group("beacon"),
     pytest.mark.skipif(found() is None, reason="no Chromium on PATH: `make browser` asks apt-get for one"),
 ]
 EVENTS = "**/v1/events"

@@ -31,7 +31,6 @@ from streaming.topics import Ends, Log, LogError
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("timing")
 @pytest.mark.timeout(240)
 def test_a_minute_of_chaos_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> None:
     stages: set[str] = set()

@@ -81,7 +81,6 @@ def test_topics_are_created_and_checked(tmp_path: Path, kafka: str, namespace: s
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("timing")
 @pytest.mark.timeout(240)
 def test_up_from_start_to_ctrl_c(tmp_path: Path) -> None:
     data = tmp_path / "data"

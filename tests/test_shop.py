@@ -26,7 +26,6 @@ from streaming.simulation.world import World
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(180),
-    pytest.mark.xdist_group("shop"),
     pytest.mark.skipif(found() is None, reason="no Chromium on PATH: `make browser` asks apt-get for one"),
 ]
 

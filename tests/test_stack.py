@@ -26,9 +26,6 @@ from infra.telemetry import EXIT_FOR_GOOD
 SERVERS = ("kafka", "redis")
 
 
-pytestmark = pytest.mark.xdist_group("timing")
-
-
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():

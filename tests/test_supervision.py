@@ -263,7 +263,6 @@ CASES = (stalled_partition, dead_agent, stopped_worker, lost_assignment, stuck_r
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("timing")
 @pytest.mark.timeout(150)
 async def test_each_is_recovered_from_in_time(kafka: str, redis_url: str, namespace: str, tmp_path: Path) -> None:
     """All at once, a namespace each: most of the time is waiting for a session or a watchdog."""
@@ -281,7 +280,6 @@ async def test_each_is_recovered_from_in_time(kafka: str, redis_url: str, namesp
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("timing")
 @pytest.mark.timeout(150)
 async def test_the_broker_is_gone_for_a_while(redis_url: str, namespace: str, tmp_path: Path) -> None:
     """10 s, longer than the session of 6 s. A worker may start again where the broker comes back without its topics."""
