@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from typing import Final
 
-import numpy as np
+from serving.dashboard.stages import quantiles
 
 WAITING: Final = 1024
 """Accepted positions that wait for a lookup; the oldest leave (about 150 kB)."""
@@ -19,7 +19,7 @@ WINDOW_S: Final = 60.0
 
 
 class Freshness:
-    """Accepted positions of `events` that nobody has asked for yet, and how long the others took (ms, newest last)."""
+    """Accepted positions of `events` that nobody has asked for yet, and how long the others took (s, newest last)."""
 
     def __init__(self) -> None:
         self._accepted: OrderedDict[tuple[int, int], float] = OrderedDict()
@@ -40,15 +40,11 @@ class Freshness:
     def answered(self, since: float) -> float:
         """Note that the answer holds what was accepted then; return how long that took, s."""
         now = time.perf_counter()
-        self._took.append((now, 1000.0 * (now - since)))
+        self._took.append((now, now - since))
         return now - since
 
     def figures(self) -> dict[str, float]:
         """Return changed_p50_ms, changed_p95_ms, changed_p99_ms and changed_n of the last minute; empty without any."""
         now = time.perf_counter()
-        took = [ms for at, ms in self._took if at > now - WINDOW_S]
-        if not took:
-            return {}
-        found = np.percentile(took, (50, 95, 99)).tolist()
-        named = {f"changed_p{q}_ms": round(ms, 2) for q, ms in zip((50, 95, 99), found, strict=True)}
-        return {**named, "changed_n": len(took)}
+        took = [seconds for at, seconds in self._took if at > now - WINDOW_S]
+        return {**quantiles("changed", took), "changed_n": len(took)} if took else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -15,6 +16,12 @@ import numpy as np
 KEPT: Final = 4096
 """Durations of a stage that are kept; of more, the newest (130 kB a stage)."""
 QUANTILES: Final = (50, 95, 99)
+
+
+def quantiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Return <name>_p50_ms, _p95_ms and _p99_ms of one or more durations."""
+    found = 1000.0 * np.percentile(seconds, QUANTILES)
+    return {f"{name}_p{q}_ms": round(ms, 2) for q, ms in zip(QUANTILES, found.tolist(), strict=True)}
 
 
 class Stages:
@@ -44,8 +51,7 @@ class Stages:
         figures = {f"{name}_s": round(count / passed, 1) for name, count in counts.items()}
         for stage, took in self._took.items():
             if took:
-                found = 1000.0 * np.percentile(took, QUANTILES)
-                figures |= {f"{stage}_p{q}_ms": round(ms, 2) for q, ms in zip(QUANTILES, found.tolist(), strict=True)}
+                figures |= quantiles(stage, took)
                 took.clear()
         self._at, self._lookups, self.failed, self._shed = now, 0, 0, shed
         return figures
