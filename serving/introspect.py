@@ -272,8 +272,7 @@ def posterior(live: Live, row: int) -> dict[str, Any]:
     """Say what exposures, dwells and ratings say of an item: means with 95 % intervals, and what they rest on."""
     items, rows = live.items, np.array([row])
     (alpha,), (beta,) = items.click_posteriors(rows)
-    (odds,), (unsure,) = items.click_log_odds(rows)
-    low, high = (1.0 / (1.0 + np.exp(-(odds + side * 1.96 * unsure))) for side in (-1.0, 1.0))
+    (low,), (high,) = items.click_interval(rows)
     sums, everybody = items.sums[row], items.sums[: items.n].sum(0)
     told = {
         "exposures": round(float(sums[0]), 3),

@@ -174,6 +174,12 @@ class Items:
         posterior.log_odds(alpha, beta, mean, deviation)
         return mean, deviation
 
+    def click_interval(self, rows: I64) -> tuple[F64, F64]:
+        """Return the ends f64[m] of the 95 % interval of a click's probability, normal in the log-odds."""
+        mean, deviation = self.click_log_odds(rows)
+        low, high = (1.0 / (1.0 + np.exp(-(mean + side * 1.96 * deviation))) for side in (-1.0, 1.0))
+        return low, high
+
     def click_posteriors(self, rows: I64) -> tuple[F64, F64]:
         """Return alpha and beta f64[m] of the Beta posteriors of rows i64[m]; see models/bandit/posterior.py."""
         alpha, beta = np.empty(len(rows)), np.empty(len(rows))

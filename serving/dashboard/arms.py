@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from models.bandit import FIRST
-from models.bandit.posterior import log_odds
 from models.decay import NAMES, STEPS
 from serving.dashboard.recent import Slots
 from serving.dashboard.served import named
@@ -22,7 +21,6 @@ from serving.messages import json_response, read_query
 from serving.parts import Parts
 from serving.snapshot import Live
 
-SURE: Final = 1.96
 MOST: Final = 20_000
 """Arms whose posteriors are compared; of more, those shown most."""
 NEWCOMERS: Final = 20
@@ -109,9 +107,7 @@ def sorted_arms(live: Live, rows: I64, by: str) -> I64:
 def _arms(live: Live, rows: I64, window: Slots) -> list[dict[str, Any]]:
     items, keys = live.items, live.items.rows.keys[rows]
     alpha, beta = items.click_posteriors(rows)
-    odds, unsure = np.empty(len(rows)), np.empty(len(rows))
-    log_odds(alpha, beta, odds, unsure)
-    low, high = (1.0 / (1.0 + np.exp(-(odds + side * SURE * unsure))) for side in (-1.0, 1.0))
+    low, high = items.click_interval(rows)
     total, slots = max(len(window.items), 1), window.counts(keys)
     return [
         {
